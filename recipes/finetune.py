@@ -1,0 +1,93 @@
+"""The main job: from raw reviews to an evaluated, loadable, user-aware recommender.
+
+    accelerate launch recipes/finetune.py --config recipes/configs/quickstart.yaml
+
+Each stage writes its folder under --output_dir: data/, retriever/, preferences/, index/, model/, report/. The same command
+goes on where it was stopped; what is up to date is not run again.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+from trl import ModelConfig, TrlParser
+
+from ulmrec_hf.data.arguments import DataArguments
+from ulmrec_hf.data.tasks import TaskArguments
+from ulmrec_hf.indexing.arguments import IndexArguments
+from ulmrec_hf.pipeline import PipelineArguments, Settings, prepare_stages, tune, write_report
+from ulmrec_hf.preferences.arguments import PreferenceArguments
+from ulmrec_hf.retrieval.arguments import RetrieverArguments
+from ulmrec_hf.trainer import ULMRecTrainingArguments
+
+# What a launcher hands to its processes; the earlier stages' small models run plainly, without it.
+LAUNCHER = ("ACCELERATE_", "FSDP_", "DEEPSPEED_", "TORCHELASTIC_", "OMP_NUM_THREADS")
+LAUNCHER_NAMES = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"}
+
+
+def make_parser() -> TrlParser:
+    """The parser of all settings, our own first."""
+    return TrlParser(
+        [DataArguments, PipelineArguments, TaskArguments, ModelConfig, ULMRecTrainingArguments], description=__doc__
+    )
+
+
+def read_stage_config(path: str | None, arguments: type, **fixed):
+    """The settings of an earlier stage from its YAML file, found from here or beside the recipes."""
+    given = {}
+    if path is not None:
+        found = next((base for base in (Path(path), Path(__file__).parent / path) if base.is_file()), None)
+        if found is None:
+            raise ValueError(f"{path} does not exist; check the settings retriever_config, preference_config and index_config.")
+        given = yaml.safe_load(found.read_text(encoding="utf-8")) or {}
+        unknown = sorted(set(given) - set(arguments.__dataclass_fields__))
+        if unknown:
+            raise ValueError(f"{found}: unknown settings {', '.join(unknown)}.")
+    return arguments(**{**given, **fixed})
+
+
+def parse(argv: list[str] | None = None) -> Settings:
+    """Settings from YAML and the command line."""
+    data, pipeline, tasks, model, training = make_parser().parse_args_and_config(args=argv)
+    positions = {"train_positions": tasks.train_positions}
+    settings = Settings(
+        data=data,
+        retriever=read_stage_config(pipeline.retriever_config, RetrieverArguments, **positions),
+        preferences=read_stage_config(pipeline.preference_config, PreferenceArguments, **positions),
+        index=read_stage_config(pipeline.index_config, IndexArguments),
+        tasks=tasks,
+        pipeline=pipeline,
+        model=model,
+        training=training,
+    )
+    settings.check()
+    return settings
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the stages that are not up to date, then prints the results and where everything is."""
+    argv = sys.argv[1:] if argv is None else argv
+    settings = parse(argv)
+    if settings.pipeline.prepare_only:
+        prepare_stages(settings)
+        return
+    if settings.training.process_index == 0:
+        plain = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(LAUNCHER) and name not in LAUNCHER_NAMES
+        }
+        done = subprocess.run([sys.executable, __file__, *argv, "--prepare_only", "true"], env=plain)
+        if done.returncode:
+            raise SystemExit(done.returncode)  # the stage has said why
+    tune(settings)
+    if settings.training.process_index == 0:
+        print(write_report(settings))
+        folder = settings.folder
+        print(f"\nModel:  {folder / 'model'}\nReport: {folder / 'report' / 'report.md'}\nTasks:  {folder / 'data' / 'tasks'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,320 @@
+"""Makes the small Llama that ships with the package: a whole-word tokenizer and a seeded pretraining on toy language.
+
+    python recipes/pretrain_tiny_base.py --output_dir tiny_base
+
+The model reads what a language model would know before it meets any user: the words of the toy world, what follows what,
+and how to answer with the letter of the line that fits a description. It never sees a toy user, catalogue or user token.
+About 50 minutes on 2 cores.
+"""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from torch.utils.data import IterableDataset
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments, set_seed
+from trl import TrlParser
+
+from ulmrec_hf.data import synthetic as toy
+from ulmrec_hf.data.prompts import LETTERS, NONE, PromptTemplates, render_candidates, render_history
+from ulmrec_hf.files import atomic_folder
+
+IGNORED = -100
+THEMES, MAKES = list(toy.THEMES), list(toy.MAKES)
+TEMPLATES = PromptTemplates.from_yaml()
+Segments = list[tuple[str, bool]]  # pieces of text, and whether they carry loss
+
+
+@dataclass
+class TinyBaseArguments:
+    """What decides the tiny base."""
+
+    output_dir: str = field(default="tiny_base", metadata={"help": "Where model.safetensors and the tokenizer go."})
+    steps: int = field(default=5000, metadata={"help": "Optimizer steps."})
+    batch_size: int = field(default=64, metadata={"help": "Exercises a step."})
+    learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of AdamW, cosine decay."})
+    hidden_size: int = field(default=128, metadata={"help": "Width of the model."})
+    num_layers: int = field(default=4, metadata={"help": "Depth of the model."})
+    seed: int = field(default=0, metadata={"help": "Seed of weights and exercises."})
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A Unigram tokenizer over whole words, single characters and bytes; spaces belong to the word that follows."""
+    words = {word for group in (toy.THEMES, toy.MAKES) for words in group.values() for word in words} | set(toy.KINDS)
+    sentences = (*toy.TASTE_SENTENCES, *toy.LIKED_SENTENCES, *toy.DISLIKED_SENTENCES)
+    sentences += (*toy.LIKED_SUMMARIES, *toy.DISLIKED_SUMMARIES, NONE)
+    fields = dict.fromkeys(("user", "history", "candidates", "preference", "letter", "rating"), "")
+    sentences += tuple(TEMPLATES.render(task, **fields)[0] for task in TEMPLATES_TASKS)
+    for sentence in sentences:
+        for mark in "{}.,:?#()":
+            sentence = sentence.replace(mark, " ")
+        words.update(sentence.split())
+    words -= {word for word in words if len(word) == 1}
+    characters = [chr(code) for code in range(32, 127)] + ["\n", "▁"]
+    characters.remove(" ")
+    vocab: list[tuple[str, float]] = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0)]
+    vocab += [(f"<0x{byte:02X}>", -50.0) for byte in range(256)]
+    vocab += [(character, -10.0) for character in characters]
+    # a word is one token, with and without its leading space; so are the joints of the prompt format
+    vocab += [(form, -5.0) for word in sorted(words) for form in (word, "▁" + word)]
+    vocab += [(joint, -5.0) for joint in ("###", ":\n", "\n-", ".\n", "?\n")]
+    backend = Tokenizer(models.Unigram(vocab, unk_id=0, byte_fallback=True))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="never", split=True)
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in ("<unk>", "<s>", "</s>")])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>",
+        padding_side="left", model_max_length=4096,
+    )
+
+
+TEMPLATES_TASKS = (
+    "next_item", "index_to_preference", "preference_to_index", "history_to_index", "rating", "intent_next_item",
+)  # fmt: skip
+
+
+class Exercises(IterableDataset):
+    """Endless seeded exercises; they grow from 4 to 20 candidates over the first `growth` rows."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int, growth: int):
+        self.tokenizer, self.seed, self.growth = tokenizer, seed, growth
+
+    def __iter__(self) -> Iterator[dict[str, list[int]]]:
+        rng = random.Random(self.seed)
+        row = 0
+        while True:
+            grown = min(1.0, row / self.growth)
+            most = 4 + int(16 * grown)
+            candidates = 20 if grown == 1.0 and rng.random() < 0.7 else rng.randint(2, most)
+            # copying teaches what a letter is; once that is known, the real prompts teach what to look for
+            copying = 0.6 - 0.5 * grown
+            kind = rng.random()
+            if kind < 0.04:
+                segments = review_text(rng)
+            elif kind < 0.1:
+                segments = describe(rng)
+            elif kind < 0.2:
+                segments = look_up(rng, candidates)
+            elif kind < 0.2 + 0.8 * copying:
+                segments = copy(rng, candidates)
+            else:
+                segments = choose(rng, candidates)
+            yield self.tokenized(segments)
+            row += 1
+
+    def tokenized(self, segments: Segments) -> dict[str, list[int]]:
+        input_ids, labels = [], []
+        for text, carries_loss in segments:
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            input_ids += ids
+            labels += ids if carries_loss else [IGNORED] * len(ids)
+        return {"input_ids": input_ids, "labels": labels}
+
+
+def title(make: str, theme: str, kind: str) -> str:
+    return f"{make} {theme} {kind}"
+
+
+def random_titles(rng: random.Random, count: int) -> list[tuple[str, str, str]]:
+    """Distinct (make, theme, kind), most of one or two kinds, as a retriever would bring them."""
+    kinds = rng.sample(toy.KINDS, rng.choice((1, 1, 2, 3, 6)))
+    found: dict[tuple[str, str, str], None] = {}
+    while len(found) < count:
+        kind = kinds[0] if rng.random() < 0.6 else rng.choice(kinds)
+        if rng.random() < 0.15 or len(found) > 16:
+            kind = rng.choice(toy.KINDS)
+        found[rng.choice(MAKES), rng.choice(THEMES), kind] = None
+    titles = list(found)
+    rng.shuffle(titles)
+    return titles
+
+
+def words_of(rng: random.Random, theme: str | None, make: str | None, most: int = 2) -> list[str]:
+    words = []
+    for name, table in ((theme, toy.THEMES), (make, toy.MAKES)):
+        if name is not None:
+            words += rng.sample(table[name], rng.randint(1, most))
+    rng.shuffle(words)
+    return words
+
+
+def single_out(rng: random.Random, titles: list[tuple[str, str, str]], index: int) -> list[str]:
+    """The words of one title, or fewer of them where those fit no other title."""
+    make, theme, kind = titles[index]
+    fewer = [[make, theme], [theme, kind], [make, kind], [theme], [make], [kind]]
+    rng.shuffle(fewer)
+    if rng.random() < 0.5:
+        for words in fewer:
+            if sum(set(words) <= set(other) for other in titles) == 1:
+                return words
+    return [make, theme, kind]
+
+
+def look_up(rng: random.Random, count: int) -> Segments:
+    """A list of candidates, then the letters of many of its lines."""
+    titles = random_titles(rng, count)
+    segments: Segments = [("### Candidates:\n" + render_candidates([title(*t) for t in titles]) + "\n### Answer:", False)]
+    for index in rng.sample(range(count), min(count, 12)):
+        segments += [("\n- " + " ".join(single_out(rng, titles, index)) + ":", False), (LETTERS[index], True)]
+    return segments
+
+
+def copy(rng: random.Random, count: int) -> Segments:
+    """Words, a list of candidates, and the letter of the one line that holds the words."""
+    titles = random_titles(rng, count)
+    index = rng.randrange(count)
+    header = rng.choice(("### User:\n", "### Preference:\n"))
+    prompt = header + " ".join(single_out(rng, titles, index)) + "\n### Candidates:\n"
+    return [(prompt + render_candidates([title(*t) for t in titles]) + "\n### Answer:\n", False), (LETTERS[index], True)]
+
+
+def choose(rng: random.Random, count: int) -> Segments:
+    """A prompt of the ranking tasks in which taste words, the history or both single out a candidate."""
+    while True:
+        segments = _choose(rng, count)
+        if segments is not None:
+            return segments
+
+
+def _choose(rng: random.Random, count: int) -> Segments | None:
+    titles = random_titles(rng, count)
+    theme = rng.choice(THEMES) if rng.random() < 0.8 else None
+    make = rng.choice(MAKES) if rng.random() < 0.8 else None
+    last = rng.choice(titles)[2] if rng.random() < 0.5 else rng.choice(toy.KINDS)
+    last = next(kind for kind, following in toy.NEXT_KIND.items() if following == last)
+    history = random_titles(rng, rng.randint(1, 9))[:-1] if rng.random() < 0.75 else None
+    if history is not None:
+        history.append((rng.choice(MAKES), rng.choice(THEMES), last))
+
+    def utility(candidate: tuple[str, str, str]) -> float:
+        follows = history is not None and candidate[2] == toy.NEXT_KIND[last]
+        return 3.0 * (candidate[1] == theme) + 2.0 * (candidate[0] == make) + 2.5 * follows
+
+    values = [utility(candidate) for candidate in titles]
+    if values.count(max(values)) > 1:
+        return None
+    target = values.index(max(values))
+    words = words_of(rng, theme, make)
+    fields = {
+        "candidates": render_candidates([title(*t) for t in titles]),
+        "letter": LETTERS[target],
+        "history": render_history([title(*t) for t in history or []]),
+        "user": " ".join(words),
+        "preference": ", ".join(words),
+    }
+    prompt, answer = TEMPLATES.render("next_item" if history or rng.random() < 0.5 else "intent_next_item", **fields)
+    return [(prompt, False), (answer, True)]
+
+
+def describe(rng: random.Random) -> Segments:
+    """The description tasks: say a user's words in other words, or rate an item by them."""
+    theme, make = rng.choice(THEMES), rng.choice(MAKES)
+    words, others = words_of(rng, theme, make, 3), words_of(rng, theme, make, 3)
+    last = (rng.choice((make, rng.choice(MAKES))), rng.choice((theme, rng.choice(THEMES))), rng.choice(toy.KINDS))
+    history = [title(*t) for t in random_titles(rng, rng.randint(1, 6))] + [title(*last)]
+    ratings = [str(rng.randint(2, 5)) for _ in history[:-1]] + ["?"]
+    rating = min(5, 2 + 2 * (last[1] == theme) + (last[0] == make) + rng.randint(0, 1))
+    fields = {
+        "user": " ".join(words),
+        "preference": ", ".join(others),
+        "history": render_history(history, ratings),
+        "rating": str(rating),
+    }
+    prompt, answer = TEMPLATES.render(rng.choice(("index_to_preference", "preference_to_index", "rating")), **fields)
+    return [(prompt, False), (answer, True), ("</s>", True)]
+
+
+def review_text(rng: random.Random) -> Segments:
+    """Running text of the toy language."""
+    sentences = []
+    for _ in range(3):
+        theme, make, kind = rng.choice(THEMES), rng.choice(MAKES), rng.choice(toy.KINDS)
+        sentences.append(rng.choice(toy.LIKED_SENTENCES + toy.DISLIKED_SENTENCES).format(kind=kind))
+        taste = rng.choice(toy.TASTE_SENTENCES)
+        sentences.append(taste.format(theme=rng.choice(toy.THEMES[theme]), make=rng.choice(toy.MAKES[make])))
+        sentences.append(f"After a {kind} comes a {toy.NEXT_KIND[kind]}.")
+    return [("<s>", False), (" ".join(sentences), True), ("</s>", True)]
+
+
+class DenseLabelTrainer(Trainer):
+    """Trainer whose LM head runs at the labelled positions only."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs["labels"][:, 1:]
+        hidden = model.model(inputs["input_ids"], attention_mask=inputs["attention_mask"]).last_hidden_state[:, :-1]
+        carries_loss = labels != IGNORED
+        loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[carries_loss]), labels[carries_loss])
+        return (loss, None) if return_outputs else loss
+
+
+def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    longest = max(len(row["input_ids"]) for row in rows)
+
+    def padded(name: str, value: int) -> torch.Tensor:
+        return torch.tensor([[value] * (longest - len(row[name])) + row[name] for row in rows])
+
+    mask = [[0] * (longest - len(row["input_ids"])) + [1] * len(row["input_ids"]) for row in rows]
+    return {"input_ids": padded("input_ids", 0), "labels": padded("labels", IGNORED), "attention_mask": torch.tensor(mask)}
+
+
+@torch.inference_mode()
+def accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, exercise, count: int, rows: int = 200) -> float:
+    """Share of fresh exercises of `count` candidates whose first letter is the model's most likely token."""
+    rng = random.Random(1_000_003)
+    right = 0
+    for _ in range(rows // 50):
+        prompts, answers = [], []
+        for _ in range(50):
+            segments = exercise(rng, count)
+            first = next(place for place, (_, carries_loss) in enumerate(segments) if carries_loss)
+            prompts.append("".join(text for text, _ in segments[:first]))
+            answers.append(segments[first][0])
+        batch = tokenizer(prompts, padding=True, add_special_tokens=False, return_tensors="pt")
+        best = model(batch["input_ids"], attention_mask=batch["attention_mask"], logits_to_keep=1).logits[:, -1].argmax(-1)
+        right += sum(tokenizer.convert_ids_to_tokens(best.tolist())[i] == answers[i] for i in range(50))
+    return right / (rows // 50 * 50)
+
+
+def main(argv: list[str] | None = None) -> None:
+    (args,) = TrlParser([TinyBaseArguments]).parse_args_and_config(args=argv)
+    set_seed(args.seed)
+    tokenizer = make_tokenizer()
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=-(-len(tokenizer) // 64) * 64,
+            hidden_size=args.hidden_size, intermediate_size=2 * args.hidden_size, num_hidden_layers=args.num_layers,
+            num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=True, max_position_embeddings=4096,
+            # the usual 0.02 leaves attention in so narrow a model uniform: it then learns no letter for thousands of steps
+            initializer_range=args.hidden_size**-0.5,
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        )
+    )  # fmt: skip
+    with atomic_folder(Path(args.output_dir)) as folder:
+        trainer = DenseLabelTrainer(
+            model,
+            TrainingArguments(
+                output_dir=str(folder / "trainer"), max_steps=args.steps, per_device_train_batch_size=args.batch_size,
+                learning_rate=args.learning_rate, lr_scheduler_type="cosine", warmup_steps=200, adam_beta2=0.98,
+                weight_decay=0.01, logging_steps=50, save_strategy="no", report_to="none", seed=args.seed, use_cpu=True,
+                remove_unused_columns=False, disable_tqdm=False,
+            ),
+            data_collator=collate,
+            train_dataset=Exercises(tokenizer, args.seed, growth=args.steps * args.batch_size // 3),
+        )  # fmt: skip
+        trainer.train()
+        model.eval()
+        for name, exercise in (("look up", look_up), ("copy", copy), ("choose", choose)):
+            for count in (2, 8, 20):
+                print(f"{name}, {count} candidates: {accuracy(model, tokenizer, exercise, count):.3f} right")
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        (folder / "trainer").rmdir() if (folder / "trainer").is_dir() else None
+    size = (Path(args.output_dir) / "model.safetensors").stat().st_size
+    print(f"{args.output_dir}: {model.num_parameters():,} parameters, {size:,} bytes, {len(tokenizer)} tokens")
+
+
+if __name__ == "__main__":
+    main()

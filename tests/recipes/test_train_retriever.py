@@ -1,0 +1,54 @@
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from ulmrec_hf.retrieval.arguments import SYSTEMS
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+CONFIGS = sorted((RECIPES / "configs" / "retrieval").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    spec = importlib.util.spec_from_file_location("train_retriever_recipe", RECIPES / "train_retriever.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_parses(recipe, config):
+    _, args, _ = recipe.make_parser().parse_args_and_config(["--config", str(config)])
+    assert args.retriever == config.stem
+    assert "interactions" not in config.read_text()
+
+
+def test_there_is_a_config_for_each_system():
+    assert {path.stem for path in CONFIGS} >= set(SYSTEMS)
+
+
+def test_runs_end_to_end(recipe, tmp_path, capsys):
+    argv = [
+        *("--config", str(RECIPES / "configs/retrieval/item_knn.yaml")),
+        *("--data_format", "synthetic", "--synthetic_users", "60", "--k_core", "0"),
+        *("--output_dir", str(tmp_path)),
+    ]
+    recipe.main(argv)
+    printed = capsys.readouterr().out
+    assert "recall@20" in printed
+    assert {line.split()[1] for line in printed.splitlines() if line.startswith("test")} == {"popularity", "item_knn"}
+    assert (tmp_path / "retriever" / "candidates.parquet").is_file()
+
+
+def test_unknown_setting_is_refused(recipe, tmp_path):
+    config = tmp_path / "bad.yaml"
+    config.write_text("retreiver: lrurec\n")
+    with pytest.raises(ValueError, match="retreiver"):
+        recipe.main(["--config", str(config), "--output_dir", str(tmp_path)])
+
+
+def test_bad_value_is_refused_before_anything_is_written(recipe, tmp_path):
+    with pytest.raises(ValueError, match="num_candidates must be at least 1"):
+        recipe.main(["--num_candidates", "0", "--output_dir", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()

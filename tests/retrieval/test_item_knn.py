@@ -1,0 +1,64 @@
+import json
+
+import numpy as np
+import pytest
+
+from ulmrec_hf.metrics import ranking_metrics
+from ulmrec_hf.retrieval.base import Sequences
+from ulmrec_hf.retrieval.candidates import target_ranks
+from ulmrec_hf.retrieval.item_knn import ItemKNNRetriever
+
+from .conftest import item_ids
+
+PLAIN = {"window": 2, "backward_weight": 0.5, "recency": 0.5, "popularity_exponent": 0.0}
+
+
+def test_weights_are_inverse_distances_within_the_window():
+    train = Sequences.from_lists([[1, 2, 3, 4]], item_ids(4))
+    weights = ItemKNNRetriever.fit(train, **PLAIN).weights.toarray()
+    expected = np.zeros((5, 5))
+    expected[1, 2:4] = expected[2, 3:5] = [1, 0.5]
+    expected[3, 4] = 1
+    np.testing.assert_allclose(weights, expected + 0.5 * expected.T)
+
+
+def test_pairs_do_not_cross_users_and_repeats_are_no_neighbours():
+    train = Sequences.from_lists([[1, 1], [2], [3, 4]], item_ids(4))
+    weights = ItemKNNRetriever.fit(train, **PLAIN).weights.toarray()
+    assert {tuple(place) for place in np.argwhere(weights).tolist()} == {(3, 4), (4, 3)}
+
+
+def test_recency_and_popularity_exponent():
+    train = Sequences.from_lists([[1, 3], [2, 4], [4]], item_ids(4))
+    scores = ItemKNNRetriever.fit(train, **PLAIN).score([[1, 2]])[0]
+    np.testing.assert_allclose(scores[3:], [0.5, 1.0], atol=1e-5)  # 3 follows the older item
+    scores = ItemKNNRetriever.fit(train, **{**PLAIN, "popularity_exponent": 2.0}).score([[1, 2]])[0]
+    np.testing.assert_allclose(scores[3:], [0.5, 0.25], atol=1e-5)  # item 4 occurs twice
+
+
+def test_items_without_neighbours_follow_by_popularity():
+    train = Sequences.from_lists([[1, 2], [3], [4], [4]], item_ids(4))
+    scores = ItemKNNRetriever.fit(train).score([[1]])[0]
+    assert scores[1:].argsort(descending=True).tolist()[:3] == [1, 3, 0]
+
+
+def test_folding_changes_nothing(monkeypatch, sequences):
+    whole = ItemKNNRetriever.fit(sequences)
+    monkeypatch.setattr("ulmrec_hf.retrieval.item_knn._FOLD", 10)
+    np.testing.assert_allclose(ItemKNNRetriever.fit(sequences).weights.toarray(), whole.weights.toarray(), rtol=1e-6)
+
+
+@pytest.mark.data
+def test_beauty(shared):
+    """The paper's data and split: a published-strength baseline in seconds."""
+    import gzip
+
+    with gzip.open(shared / "data/amazon_beauty_2014/sequences.jsonl.gz", "rt", encoding="utf-8") as file:
+        lists = [json.loads(line)["asins"] for line in file]
+    ids = sorted({item for items in lists for item in items})
+    dense = {item: number for number, item in enumerate(ids, 1)}
+    sequences = Sequences.from_lists([[dense[item] for item in items] for items in lists], ids)
+    _, ranks = target_ranks(ItemKNNRetriever.fit(sequences.train_part()), sequences, "test")
+    metrics = ranking_metrics(np.where(ranks > 0, ranks, np.inf), ks=(10,))
+    assert metrics["ndcg@10"] >= 0.0514
+    assert metrics["recall@10"] >= 0.0831

@@ -1,0 +1,148 @@
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from ulmrec_hf.metrics import ranking_metrics
+from ulmrec_hf.retrieval.arguments import RetrieverArguments
+from ulmrec_hf.retrieval.base import Sequences, load_retriever
+from ulmrec_hf.retrieval.candidates import target_ranks
+from ulmrec_hf.retrieval.stage import fit_retriever, train_retriever
+from ulmrec_hf.retrieval.trainer import LengthGroupedBatches, TrainingRows, collate
+
+from .conftest import NUM_ITEMS, item_ids, make_lists, write_data_stage
+
+FAST = {"hidden_size": 16, "num_layers": 1, "dropout": 0.1, "batch_size": 16, "learning_rate": 0.01, "num_candidates": 5}
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    write_data_stage(folder / "data", make_lists(), item_ids())
+    return train_retriever(RetrieverArguments(epochs=6, patience=3, **FAST), folder / "data", folder)
+
+
+def test_stage_writes_its_files_and_nothing_else(stage):
+    assert sorted(path.name for path in stage.iterdir()) == [
+        "candidates.parquet",
+        "config.json",
+        "model.safetensors",
+        "ranks.parquet",
+        "stage.json",
+        "training.json",
+    ]
+    assert not list(stage.parent.glob("*.partial"))
+
+
+def test_loss_falls_and_the_best_epoch_is_kept(stage):
+    history = json.loads((stage / "training.json").read_text())["history"]
+    assert history[-1]["loss"] < 0.8 * history[0]["loss"]
+    sequences = Sequences.load(stage.parent / "data")
+    _, ranks = target_ranks(load_retriever(stage), sequences, "validation")
+    kept = ranking_metrics(np.where(ranks > 0, ranks, np.inf), ks=(10,))["ndcg@10"]
+    assert kept == pytest.approx(max(row["ndcg@10"] for row in history))
+    assert kept > 0.5  # the pattern is learned
+
+
+def test_ranks_hold_every_system_once(stage):
+    ranks = pq.read_table(stage / "ranks.parquet").to_pandas()
+    assert ranks.groupby(["system", "split"]).size().to_dict() == {
+        (system, split): 120 for system in ("popularity", "item_knn", "lrurec") for split in ("validation", "test")
+    }
+    candidates = pq.read_table(stage / "candidates.parquet").to_pandas()
+    own = candidates[candidates["split"] == "test"].sort_values("user")["target_rank"].tolist()
+    assert ranks[(ranks["system"] == "lrurec") & (ranks["split"] == "test")].sort_values("user")["rank"].tolist() == own
+    mean = ranks.groupby("system")["rank"].mean()
+    assert mean["lrurec"] < mean["popularity"]
+
+
+def test_other_test_items_change_nothing_that_is_trained(stage, tmp_path):
+    lists = [items[:-1] + [items[-1] % NUM_ITEMS + 1] for items in make_lists()]
+    write_data_stage(tmp_path / "data", lists, item_ids())
+    other = train_retriever(RetrieverArguments(epochs=6, patience=3, **FAST), tmp_path / "data", tmp_path)
+    for name in ("model.safetensors", "config.json", "training.json"):
+        assert (other / name).read_bytes() == (stage / name).read_bytes(), name
+    assert (other / "ranks.parquet").read_bytes() != (stage / "ranks.parquet").read_bytes()
+
+
+def test_without_selection_validation_items_change_nothing_either(tmp_path):
+    args = RetrieverArguments(epochs=1, patience=0, **FAST)
+    weights = []
+    for shift in (0, 1):
+        lists = [items[:-2] + [(item + shift) % NUM_ITEMS + 1 for item in items[-2:]] for items in make_lists()]
+        model, history = fit_retriever("lrurec", args, Sequences.from_lists(lists, item_ids()), tmp_path)
+        assert "ndcg@10" not in history[0]
+        weights.append(model.state_dict())
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.parametrize("name", ["popularity", "item_knn"])
+def test_stage_without_training(name, tmp_path):
+    write_data_stage(tmp_path / "data", make_lists(), item_ids())
+    args = RetrieverArguments(retriever=name, num_candidates=5)
+    stage = train_retriever(args, tmp_path / "data", tmp_path)
+    assert load_retriever(stage).name == name
+    assert set(pq.read_table(stage / "ranks.parquet")["system"].to_pylist()) == {"popularity", "item_knn"}
+    before = (stage / "ranks.parquet").stat().st_mtime_ns
+    assert (train_retriever(args, tmp_path / "data", tmp_path) / "ranks.parquet").stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match="num_candidates was 5, is 6"):
+        train_retriever(RetrieverArguments(retriever=name, num_candidates=6), tmp_path / "data", tmp_path)
+
+
+def test_nan_loss_stops_with_the_step_and_the_setting(sequences, tmp_path):
+    args = RetrieverArguments(epochs=3, **{**FAST, "learning_rate": 1e30})
+    with pytest.raises(ValueError, match=r"at step \d+: lower learning_rate \(it is 1e\+30\)"):
+        fit_retriever("lrurec", args, sequences, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_to_learn_from(tmp_path):
+    sequences = Sequences.from_lists([[1, 2, 3]] * 3, item_ids(3))
+    with pytest.raises(ValueError, match="no user has two items in the train part"):
+        fit_retriever("lrurec", RetrieverArguments(), sequences, tmp_path)
+    short = Sequences.from_lists([[1, 2]] * 3, item_ids(3))
+    with pytest.raises(ValueError, match="no user has a validation target"):
+        fit_retriever("lrurec", RetrieverArguments(), short, tmp_path)
+
+
+def test_training_rows_label_every_item_but_the_first_once():
+    train = Sequences.from_lists([list(range(1, 12)), [1], [2, 3]], item_ids(11))
+    rows = TrainingRows(train, 4)
+    labels = sorted(label for row in rows for label in row["labels"].tolist())
+    assert labels == sorted([*range(2, 12), 3])
+    assert max(rows.lengths) == 4
+    for row in rows:
+        assert row["input_ids"][1:].tolist() == row["labels"][:-1].tolist()
+
+
+def test_batches_hold_one_length_in_random_order():
+    torch.manual_seed(0)
+    lengths = [1] * 40 + [9] * 40
+    order = list(LengthGroupedBatches(lengths, 10))
+    assert sorted(order) == list(range(80))
+    batches = [{lengths[i] for i in order[start : start + 10]} for start in range(0, 80, 10)]
+    assert all(len(batch) == 1 for batch in batches)
+    assert len({next(iter(batch)) for batch in batches[:5]}) == 2
+
+
+def test_collate_pads_to_the_longest():
+    batch = collate([{"input_ids": [1, 2], "labels": [2, 3]}, {"input_ids": [4], "labels": [5]}])
+    assert batch["input_ids"].tolist() == [[1, 2], [4, 0]]
+    assert batch["labels"].tolist() == [[2, 3], [5, 0]]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"retriever": "nope"}, "retriever must be one of popularity, item_knn, lrurec; got 'nope'"),
+        ({"num_candidates": 0}, "num_candidates must be at least 1; got 0"),
+        ({"train_positions": -1}, "train_positions must be at least 0; got -1"),
+        ({"dropout": 1.0}, "dropout must be below 1; got 1.0"),
+        ({"learning_rate": float("nan")}, "learning_rate must be a finite number of at least 0; got nan"),
+    ],
+)
+def test_bad_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        RetrieverArguments(**settings)

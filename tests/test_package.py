@@ -1,0 +1,115 @@
+import configparser
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import ulmrec_hf
+
+ROOT = Path(__file__).resolve().parents[1]
+ACCELERATE = sorted((ROOT / "recipes" / "accelerate").rglob("*.yaml"))
+HEAVY = {
+    "torch",
+    "transformers",
+    "datasets",
+    "peft",
+    "trl",
+    "evaluate",
+    "sentence_transformers",
+    "sklearn",
+    "matplotlib",
+}
+
+
+def python(code):
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT).stdout
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    loaded = python("import ulmrec_hf, sys; print(*sys.modules)").split()
+    assert not HEAVY & set(loaded)
+    assert "numpy" not in loaded
+
+
+@pytest.mark.parametrize("name", ulmrec_hf.__all__)
+def test_public_names_resolve(name):
+    assert getattr(ulmrec_hf, name) is not None
+    assert name in dir(ulmrec_hf)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        ulmrec_hf.Nothing  # noqa: B018
+
+
+def test_the_shipped_accelerate_settings_are_all_there():
+    names = {path.stem for path in ACCELERATE}
+    assert names == {"cpu_2", "single_gpu", "ddp", "fsdp2", "deepspeed_zero3"}
+
+
+@pytest.mark.parametrize("path", ACCELERATE, ids=lambda path: path.stem)
+def test_accelerate_settings_load(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(path))
+    written = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert config.num_processes == written["num_processes"] >= 1
+    assert config.distributed_type.value == written["distributed_type"]
+    if path.stem == "fsdp2":
+        assert config.fsdp_config["fsdp_version"] == 2
+    if path.stem == "deepspeed_zero3":
+        assert config.deepspeed_config["zero_stage"] == 3
+
+
+def test_cpu_2_starts_two_processes_that_know_each_other(tmp_path):
+    """Two launches at once, so that a fixed port would show."""
+    script = tmp_path / "rank.py"
+    script.write_text(
+        "from accelerate import PartialState\n"
+        "from accelerate.utils import gather_object\n"
+        "state = PartialState(cpu=True)\n"
+        "print('ranks', gather_object([state.process_index]))\n"
+        "state.destroy_process_group()\n"
+    )
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+    command += [str(ROOT / "recipes" / "accelerate" / "cpu_2.yaml"), str(script)]
+    launches = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    for launch in launches:
+        output, _ = launch.communicate(timeout=180)
+        assert output.count("ranks [0, 1]") == 2
+
+
+def requirements():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    return dict(line.lower().split("==") for line in lines if line and not line.startswith("#"))
+
+
+def test_constraints_are_exact_and_name_no_build():
+    constraints = requirements()
+    assert constraints["torch"] == "2.13.0"
+    assert not any("+" in number or name.startswith("nvidia") for name, number in constraints.items())
+
+
+def test_every_dependency_is_constrained():
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    extras = config["options.extras_require"]
+    wanted = config["options"]["install_requires"] + extras["test"] + extras["offline"]
+    names = {line.split(">")[0].split("=")[0].strip() for line in wanted.splitlines()} - {""}
+    known = {name.replace("_", "-") for name in requirements()}
+    assert {name.replace("_", "-") for name in names} <= known
+
+
+def test_imports_only_go_down():
+    command = [Path(sys.executable).with_name("lint-imports"), "--no-cache", "--no-logo"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
+def test_the_licence_is_apache():
+    text = (ROOT / "LICENSE").read_text()
+    assert "Apache License" in text
+    assert "Version 2.0, January 2004" in text
+    assert len(text.splitlines()) > 190

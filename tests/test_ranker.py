@@ -1,0 +1,229 @@
+"""UserRanker: the same prompts and scores as in tuning, ids and titles, limits, and the pipeline."""
+
+import logging
+import shutil
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from trl import ModelConfig
+
+from tests.tiny_llama import make_base
+from ulmrec_hf.data.tasks import TaskArguments, TaskRows
+from ulmrec_hf.modeling import add_adapter, extend_base, load_base, publish_model
+from ulmrec_hf.ranker import RankerSettings, UserRanker, UserRankingPipeline
+from ulmrec_hf.tokenization_user import UserTokenizer
+from ulmrec_hf.user_index import UserIndex
+
+# peft 0.21 asks a transformers 5.23 model for a property of the old name; may go when peft no longer does.
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+
+SETTINGS = {"num_candidates": 4, "max_history": 3, "max_title_tokens": 8, "max_length": 400}
+TITLES = {"B1": "red soap", "B2": "green <a_1> tea", "B3": "blue cup " * 9, "B4": "### Answer: tea", "B5": "red cup"}
+HISTORY, CANDIDATES = ["B1", "B2"], ["B3", "B4", "B5"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A published model with adapter, base and merged, moved after publishing."""
+    work = tmp_path_factory.mktemp("ranker")
+    source = make_base(work / "source", tied=True, positions=512)
+    tokenizer = UserTokenizer.from_base(source, levels=2, codebook_size=16)
+    model_config = ModelConfig(use_peft=True, lora_target_modules=["q_proj", "v_proj"])
+    extend_base(str(source), tokenizer, work / "out" / "base", seed=0)
+    model = add_adapter(load_base(str(work / "out" / "base"), model_config, tokenizer), model_config, tokenizer)
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(0)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    UserIndex(["u1", "u2"], np.array([[1, 2], [3, 4]]), 16).to_parquet(work / "user_index.parquet")
+    items = {"item": pa.array([*range(1, 6)], pa.int32()), "item_id": [*TITLES], "title": [*TITLES.values()]}
+    pq.write_table(pa.table(items), work / "items.parquet")
+    publish_model(
+        model,
+        tokenizer,
+        work / "out",
+        base=work / "out" / "base",
+        base_saved=True,
+        settings=SETTINGS,
+        merged=True,
+        user_index=work / "user_index.parquet",
+        items=work / "items.parquet",
+    )
+    return shutil.move(work / "out", work / "moved")
+
+
+@pytest.fixture(scope="module")
+def ranker(folder):
+    return UserRanker.from_pretrained(folder, device="cpu")
+
+
+def test_settings_and_files_are_read(ranker):
+    assert ranker.settings == RankerSettings(**SETTINGS)
+    assert ranker.titles == TITLES
+    assert list(ranker.user_index) == ["u1", "u2"]
+
+
+def test_rank_gives_titles_ids_and_scores_best_first(ranker):
+    rows = ranker.rank("u1", history=HISTORY, candidates=CANDIDATES)
+    assert sorted(row["item_id"] for row in rows) == CANDIDATES
+    assert {row["title"] for row in rows} == {TITLES[item] for item in CANDIDATES}
+    scores = [row["score"] for row in rows]
+    assert scores == sorted(scores, reverse=True) and len(set(scores)) == 3
+    letters = ranker.scores([ranker.prompt("u1", HISTORY, CANDIDATES)], 3)[0]
+    assert {row["item_id"]: row["score"] for row in rows} == dict(zip(CANDIDATES, letters.tolist(), strict=True))
+
+
+def test_titles_work_as_ids_do(ranker):
+    by_id = ranker.rank("u1", history=HISTORY, candidates=CANDIDATES)
+    by_title = ranker.rank(
+        "u1", history=[TITLES[item] for item in HISTORY], candidates=[TITLES[item] for item in CANDIDATES]
+    )
+    assert by_title == by_id
+    unknown = ranker.rank("u1", history=[], candidates=["a new <b_3> thing", "B1"])
+    assert {row["title"]: row["item_id"] for row in unknown} == {"a new <b_3> thing": None, "red soap": "B1"}
+
+
+def test_prompt_is_the_one_of_the_tasks(ranker):
+    ids = [*TITLES]
+    rows = TaskRows(
+        TaskArguments(**SETTINGS),
+        sequences=pa.table(
+            {
+                "user": pa.array([0], pa.int32()),
+                "user_id": ["u1"],
+                "items": pa.array([[1, 3, 2, 4, 5]], pa.list_(pa.int32())),
+                "ratings": pa.array([[None] * 5], pa.list_(pa.float32())),
+            }
+        ),
+        items=pa.table({"item": pa.array([*range(1, 6)], pa.int32()), "title": [*TITLES.values()]}),
+        candidates=pa.table(
+            {
+                "user": pa.array([0], pa.int32()),
+                "split": ["test"],
+                "position": pa.array([4], pa.int32()),
+                "items": pa.array([[5, 1, 3]], pa.list_(pa.int32())),
+            }
+        ),
+        preferences=pa.table(
+            {"user": pa.array([0], pa.int32()), "position": pa.array([3], pa.int32()), "preference": ["soap"]}
+        ),
+        user_index=ranker.user_index,
+        tokenizer=ranker.tokenizer,
+    )
+    row = rows.row("next_item", "test", 0, 4)
+    history = [ids[item - 1] for item in (1, 3, 2, 4)]
+    assert ranker.prompt("u1", history, [ids[item - 1] for item in row["candidates"]]) == row["prompt"]
+
+
+def test_strangers_text_stays_text(ranker):
+    prompt = ranker.prompt("u1", ["B2", "</s> <a_7>"], ["B4", "B5"])
+    users = {
+        index
+        for level in range(2)
+        for index in ranker.tokenizer.convert_tokens_to_ids([f"<{'ab'[level]}_{code}>" for code in range(16)])
+    }
+    ids = ranker.tokenizer(prompt)["input_ids"]
+    assert [index for index in ids if index in users] == ranker.tokenizer.convert_tokens_to_ids(["<a_1>", "<b_2>"])
+    assert ranker.tokenizer.eos_token_id not in ids
+    assert prompt.count("\n### Answer:") == 1
+
+
+def test_history_is_cut_to_the_newest(ranker):
+    items = ["one", "two", "three", "four"]
+    prompt = ranker.prompt("u1", items, ["B1"])
+    assert "- one" not in prompt and "- two\n- three\n- four\n" in prompt
+    narrow = UserRanker(ranker.model, ranker.tokenizer, RankerSettings(**{**SETTINGS, "max_length": 150}))
+    short = narrow.prompt("u1", ["first " * 8, "second " * 8, "third"], ["B1"])
+    assert "- third" in short and "first" not in short
+    assert len(ranker.tokenizer(short + "A")["input_ids"]) + 1 <= 150
+    with pytest.raises(ValueError, match=r"max_length is 150, but the prompt of user 'u1' has \d+ tokens even without"):
+        narrow.prompt("u1", ["first"], ["long title here"] * 4)
+
+
+def test_scores_do_not_depend_on_batches(ranker):
+    prompts = [ranker.prompt(user, history, CANDIDATES) for user in ("u1", "u2") for history in ([], HISTORY, ["B5"])]
+    together = ranker.scores(prompts, 3, batch_size=4)
+    assert together.shape == (6, 3) and together.dtype == np.float32
+    alone = np.concatenate([ranker.scores([prompt], 3) for prompt in prompts])
+    np.testing.assert_allclose(together, alone, atol=1e-4)
+    assert len({tuple(row) for row in together.round(3).tolist()}) == 6
+    assert ranker.scores([], 3).shape == (0, 3)
+
+
+def test_scores_are_the_plain_models(ranker, folder):
+    prompt = ranker.prompt("u2", HISTORY, CANDIDATES)
+    model = AutoModelForCausalLM.from_pretrained(folder / "merged")
+    with torch.no_grad():
+        logits = model(torch.tensor([ranker.tokenizer(prompt)["input_ids"]])).logits[0, -1]
+    letters = ranker.tokenizer.convert_tokens_to_ids(["A", "B", "C"])
+    np.testing.assert_allclose(ranker.scores([prompt], 3)[0], logits[letters].numpy(), atol=1e-4)
+
+
+def test_adapter_on_its_base_scores_as_merged(ranker, folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "model", ignore=shutil.ignore_patterns("merged"))
+    expected = ranker.rank("u1", history=HISTORY, candidates=CANDIDATES)
+    shutil.move(tmp_path / "model" / "base", tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="name it with base="):
+        UserRanker.from_pretrained(tmp_path / "model")
+    adapted = UserRanker.from_pretrained(tmp_path / "model", base=tmp_path / "elsewhere", device="cpu")
+    rows = adapted.rank("u1", history=HISTORY, candidates=CANDIDATES)
+    assert [row["item_id"] for row in rows] == [row["item_id"] for row in expected]
+    np.testing.assert_allclose([row["score"] for row in rows], [row["score"] for row in expected], atol=1e-4)
+
+
+def test_orders_average_over_permutations(ranker):
+    averaged = ranker.rank("u1", history=HISTORY, candidates=CANDIDATES, orders=3, seed=5)
+    assert averaged == ranker.rank("u1", history=HISTORY, candidates=CANDIDATES, orders=3, seed=5)
+    rng, expected = np.random.default_rng(5), dict.fromkeys(CANDIDATES, 0.0)
+    for _ in range(3):
+        order = [CANDIDATES[place] for place in rng.permutation(3)]
+        for item, score in zip(order, ranker.scores([ranker.prompt("u1", HISTORY, order)], 3)[0], strict=True):
+            expected[item] += float(score) / 3
+    assert {row["item_id"]: row["score"] for row in averaged} == pytest.approx(expected, abs=1e-4)
+
+
+def test_unknown_user_is_ranked_without_index_and_told_once(ranker, caplog):
+    fresh = UserRanker(ranker.model, ranker.tokenizer, ranker.settings, user_index=ranker.user_index)
+    with caplog.at_level(logging.WARNING):
+        first = fresh.prompt("stranger", HISTORY, CANDIDATES)
+        fresh.prompt("another", HISTORY, CANDIDATES)
+    assert [record.getMessage().split(" has ")[0] for record in caplog.records] == ["User 'stranger'"]
+    assert "### User:\n\n### History:" in first
+    caplog.clear()
+    UserRanker(ranker.model, ranker.tokenizer, ranker.settings).prompt("u1", HISTORY, CANDIDATES)
+    assert not caplog.records
+
+
+def test_bad_requests_are_named(ranker, tmp_path):
+    with pytest.raises(ValueError, match=r"5 candidates were given, .* rank at most 4 at a time"):
+        ranker.rank("u1", history=[], candidates=["B1"] * 5)
+    with pytest.raises(ValueError, match="0 candidates"):
+        ranker.rank("u1", history=[], candidates=[])
+    with pytest.raises(ValueError, match="history must be a list of item ids or titles, got the string 'B1'"):
+        ranker.rank("u1", history="B1", candidates=["B2"])
+    with pytest.raises(ValueError, match="orders is 0"):
+        ranker.rank("u1", history=[], candidates=["B1"], orders=0)
+    with pytest.raises(ValueError, match=r"ranker\.json is missing"):
+        UserRanker.from_pretrained(tmp_path)
+
+
+def test_pipeline_gives_what_rank_gives(ranker):
+    requests = [
+        {"user_id": "u1", "history": HISTORY, "candidates": CANDIDATES},
+        {"user_id": "u2", "history": [], "candidates": ["B1", "B2"]},
+        {"user_id": "u2", "history": ["B5"], "candidates": ["B1", "B2", "B3", "B4"]},
+    ]
+    pipeline = UserRankingPipeline(ranker)
+    for results in (pipeline(requests), pipeline(requests, batch_size=2)):
+        for request, rows in zip(requests, results, strict=True):
+            expected = ranker.rank(**request)
+            assert [row["title"] for row in rows] == [row["title"] for row in expected]
+            np.testing.assert_allclose([r["score"] for r in rows], [r["score"] for r in expected], atol=1e-4)
+    assert [row["title"] for row in pipeline(requests[1])] == [row["title"] for row in ranker.rank(**requests[1])]
+    with pytest.raises(ValueError, match="no parameters"):
+        pipeline(requests[1], temperature=1)

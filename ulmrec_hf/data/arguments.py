@@ -1,0 +1,66 @@
+"""Settings of the data preparation, for YAML and the command line."""
+
+from dataclasses import dataclass, field
+
+DATA_FORMATS = ("amazon", "csv", "jsonl", "parquet", "hub", "sequences", "synthetic")
+
+
+@dataclass
+class DataArguments:
+    """Which interactions to read, and which of them to keep.
+
+    Raises:
+        ValueError: a setting has a value that cannot be used; the message names the setting.
+    """
+
+    data_format: str = field(
+        default="synthetic",
+        metadata={
+            "help": "What --interactions is: amazon (JSON lines of the 2014, 2018 or 2023 release, also gzip), csv, "
+            "jsonl, parquet, hub (a dataset id), sequences (JSON lines, one user each, items in order), or synthetic "
+            "(the toy world; needs no files)."
+        },
+    )
+    interactions: str | None = field(
+        default=None, metadata={"help": "File with the interactions; for hub the id or folder of a dataset."}
+    )
+    items: str | None = field(
+        default=None,
+        metadata={"help": "File with the items' titles. Without it an item's id serves as its title."},
+    )
+    k_core: int = field(
+        default=5,
+        metadata={
+            "help": "Keep users and items with at least this many interactions, filtered until both hold; 0 = none. "
+            "Users with fewer than 3 are always left out: they cannot be split."
+        },
+    )
+    synthetic_users: int = field(default=1000, metadata={"help": "Number of users of the toy world."})
+    synthetic_seed: int = field(default=0, metadata={"help": "Seed of the toy world."})
+
+    def __post_init__(self):
+        if self.data_format not in DATA_FORMATS:
+            raise ValueError(f"data_format is {self.data_format!r}; it must be one of {', '.join(DATA_FORMATS)}.")
+        for name, least in (("k_core", 0), ("synthetic_users", 1), ("synthetic_seed", 0)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {least}.")
+        if self.data_format == "synthetic":
+            for name in ("interactions", "items"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{name} is {getattr(self, name)!r}, but data_format is 'synthetic', which reads no file: "
+                        "set data_format to what the file is."
+                    )
+        elif not self.interactions:
+            raise ValueError(f"data_format is {self.data_format!r}, but interactions is not set: name what to read.")
+
+
+@dataclass
+class StageArguments:
+    """Where a stage is written, and whether it may take the place of another one."""
+
+    output_dir: str = field(default="output", metadata={"help": "Folder of the run; each stage has its own in it."})
+    overwrite: bool = field(
+        default=False, metadata={"help": "Run again what was made with other settings, instead of refusing."}
+    )

@@ -1,0 +1,41 @@
+"""Settings of the preferences, for YAML and the command line."""
+
+from dataclasses import dataclass, field
+
+EVIDENCE = ("train", "all")
+
+
+@dataclass
+class PreferenceArguments:
+    """How a user's preference is extracted.
+
+    Raises:
+        ValueError: a setting has a value that cannot be used; the message names the setting.
+    """
+
+    extractor: str = field(
+        default="key_phrases", metadata={"help": "key_phrases: the most telling words and word pairs by TF-IDF."}
+    )
+    num_phrases: int = field(default=6, metadata={"help": "Phrases in a preference at most."})
+    train_positions: int = field(
+        default=0,
+        metadata={
+            "help": "For how many of a user's newest training targets a preference is made from what came before them, "
+            "besides the one from the whole train part; 0 = for all of them."
+        },
+    )
+    evidence: str = field(
+        default="train",
+        metadata={
+            "help": "train: only the train part before the target. all: every interaction, the test target included, as the "
+            "paper did; such results are leaky and are reported as such."
+        },
+    )
+
+    def __post_init__(self):
+        if self.num_phrases < 1:
+            raise ValueError(f"num_phrases is {self.num_phrases}; it must be at least 1.")
+        if self.train_positions < 0:
+            raise ValueError(f"train_positions is {self.train_positions}; it must be 0 (all) or more.")
+        if self.evidence not in EVIDENCE:
+            raise ValueError(f"evidence is {self.evidence!r}; it must be one of {', '.join(EVIDENCE)}.")

@@ -1,0 +1,362 @@
+"""The report: per-user ranks of several systems -> metrics with intervals, paired comparisons, Markdown and plots."""
+
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from .files import atomic_path, write_json, write_text
+from .metrics import KS, bootstrap_interval, mean, paired_bootstrap, per_user_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SCOPES = ("rank", "overall")
+_SCOPE_TITLES = {
+    "rank": "Rank: users whose target is among the candidates",
+    "overall": "Overall: all users, a target that is not among the candidates counts as 0",
+}
+_TITLES = {"recall": "Recall", "ndcg": "NDCG", "mrr": "MRR"}
+_BLUE, _ORANGE, _GREY = "#3b6ea8", "#d9822b", "#9aa5b1"
+
+
+class Report:
+    """Collects the results of systems over the same users, and writes them.
+
+    Both scopes are always reported: "rank" holds the users whose target is among the candidates, "overall" all users.
+
+    Args:
+        in_candidates: for each split, bool [users]: whether the candidates hold the user's target.
+        num_candidates: how many candidates a user has; with `in_candidates` it gives the retriever's Recall@k, which
+            no ranker of these candidates can exceed.
+        notes: sentences about the protocol (evidence, order, seeds...), shown in report.md.
+        ks: the cut-offs of the metrics.
+        seed, samples, level: of the bootstrap; see `ulmrec_hf.metrics.bootstrap_interval`.
+    """
+
+    def __init__(
+        self,
+        in_candidates: Mapping[str, ArrayLike],
+        num_candidates: int,
+        *,
+        notes: Sequence[str] = (),
+        ks: Sequence[int] = KS,
+        seed: int = 0,
+        samples: int = 2000,
+        level: float = 0.95,
+    ):
+        self.in_candidates = {split: np.asarray(mask, dtype=bool) for split, mask in in_candidates.items()}
+        self.num_candidates = num_candidates
+        self.notes = list(notes)
+        self.names = [f"{metric}@{k}" for metric in ("recall", "ndcg", "mrr") for k in ks]
+        self._ks = tuple(ks)
+        self._bootstrap = {"seed": seed, "samples": samples, "level": level}
+        self._values: dict[tuple[str, str], np.ndarray] = {}  # float64 [users, metrics]
+        self._orders: dict[tuple[str, str], str] = {}
+
+    def add(self, system: str, split: str, ranks: ArrayLike | Mapping[str, ArrayLike], *, order: str) -> None:
+        """Adds one system's results on one split.
+
+        Args:
+            system: its name, such as "ulmrec".
+            split: a split of `in_candidates`.
+            ranks: float [users], 1-based, inf for a miss, in the same order of users for every system; or the metrics
+                themselves, as `random_order_metrics` returns them.
+            order: in which order the system saw the candidates, such as "retriever" or "shuffled".
+
+        Raises:
+            ValueError: an unknown split, a system added twice, or another number of users.
+        """
+        if split not in self.in_candidates:
+            raise ValueError(f"split {split!r} is not in the report's splits {sorted(self.in_candidates)}.")
+        if (system, split) in self._values:
+            raise ValueError(f"the system {system!r} was already added for the split {split!r}.")
+        given = ranks if isinstance(ranks, Mapping) else per_user_metrics(ranks, self._ks)
+        users = len(self.in_candidates[split])
+        for name in self.names:
+            if np.shape(given[name]) != (users,):
+                raise ValueError(
+                    f"{name} of the system {system!r} has the shape {np.shape(given[name])}; "
+                    f"the split {split!r} has {users} users."
+                )
+        self._values[system, split] = np.stack([given[name] for name in self.names], axis=1).astype(np.float64)
+        self._orders[system, split] = order
+
+    def ceiling(self, split: str) -> float:
+        """The retriever's Recall@num_candidates: the share of users whose target is among the candidates."""
+        return mean(self.in_candidates[split])
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows of metrics.json, one for each system, split and scope; null where a scope has no users."""
+        rows = []
+        for (system, split), values in self._values.items():
+            for scope in SCOPES:
+                chosen = values[self._users(split, scope)]
+                means = dict(zip(self.names, mean(chosen), strict=True))
+                intervals = zip(self.names, *bootstrap_interval(chosen, **self._bootstrap), strict=True)
+                row = {"system": system, "split": split, "scope": scope, "order": self._orders[system, split]}
+                row |= {"users": len(chosen)} | {name: _plain(value) for name, value in means.items()}
+                for name, low, high in intervals:
+                    row |= {f"{name}_low": _plain(low), f"{name}_high": _plain(high)}
+                rows.append(row)
+        return rows
+
+    def comparisons(self, pairs: Iterable[tuple[str, str]]) -> list[dict[str, Any]]:
+        """The rows of comparisons.json: a minus b over the same users, by paired bootstrap.
+
+        Args:
+            pairs: names (a, b) of systems; a split is compared where it holds both.
+
+        Raises:
+            ValueError: no split holds both systems of a pair.
+        """
+        rows = []
+        for a, b in pairs:
+            splits = [split for split in self.in_candidates if {(a, split), (b, split)} <= self._values.keys()]
+            if not splits:
+                known = sorted({system for system, _ in self._values})
+                raise ValueError(f"cannot compare {a!r} with {b!r}: no split holds both. The report has {known}.")
+            for split in splits:
+                for scope in SCOPES:
+                    users = self._users(split, scope)
+                    ours, theirs = (self._values[system, split][users] for system in (a, b))
+                    results = paired_bootstrap(ours, theirs, **self._bootstrap)
+                    for name, difference, low, high in zip(self.names, *results, strict=True):
+                        row = {"a": a, "b": b, "split": split, "scope": scope, "metric": name}
+                        rows.append(row | {"difference": _plain(difference), "low": _plain(low), "high": _plain(high)})
+        return rows
+
+    def write(self, folder: str | os.PathLike, pairs: Iterable[tuple[str, str]] = ()) -> list[dict[str, Any]]:
+        """Writes metrics.json, comparisons.json, report.md, metrics.png into `folder`; equal results, equal bytes.
+
+        Returns:
+            `rows()`, for `summary`.
+        """
+        rows, comparisons = self.rows(), self.comparisons(pairs)
+        folder = Path(folder)
+        write_json(folder / "metrics.json", rows)
+        write_json(folder / "comparisons.json", comparisons)
+        write_text(folder / "report.md", self.markdown(rows, comparisons))
+        plot_metrics(folder / "metrics.png", rows, metric=f"ndcg@{max(self._ks)}")
+        return rows
+
+    def markdown(self, rows: Sequence[Mapping[str, Any]], comparisons: Sequence[Mapping[str, Any]] = ()) -> str:
+        """report.md: the tables of `rows` and `comparisons`, the best value of each column in bold."""
+        percent = f"{100 * self._bootstrap['level']:g} %"
+        parts = ["# Results"]
+        for split in sorted({row["split"] for row in rows}, key=_split_order):
+            k, ceiling = self.num_candidates, self.ceiling(split)
+            parts.append(f"## {split.capitalize()}")
+            parts.append(
+                f"{len(self.in_candidates[split]):,} users with {k} candidates each. The candidates hold the target of "
+                f"{'no' if math.isnan(ceiling) else f'{100 * ceiling:.1f} % of the'} users: this Recall@{k} of the "
+                "retriever is the ceiling of every Recall in the Overall table."
+            )
+            for scope in SCOPES:
+                chosen = [row for row in rows if row["split"] == split and row["scope"] == scope]
+                parts.append(f"### {_SCOPE_TITLES[scope]} ({chosen[0]['users']:,} users)")
+                parts.append(self._metric_table(chosen))
+            parts.append(f"In parentheses: {percent} bootstrap interval over users. Bold: the best of a column.")
+            chosen = [row for row in comparisons if row["split"] == split]
+            if chosen:
+                parts.append(f"### Comparisons on {split} users")
+                parts.append(self._comparison_table(chosen))
+                parts.append(
+                    f"The first system minus the second over the same users, with the {percent} interval of a paired "
+                    "bootstrap. Bold: the interval excludes 0."
+                )
+        if self.notes:
+            parts.append("## Protocol")
+            parts.append("\n".join(f"- {note}" for note in self.notes))
+        return "\n\n".join(parts) + "\n"
+
+    def summary(self, rows: Sequence[Mapping[str, Any]], split: str = "test") -> str:
+        """A short plain-text table for a terminal: Recall and NDCG at the largest k, both scopes."""
+        k = max(self._ks)
+        chosen = [row for row in rows if row["split"] == split]
+        table = [["system", "scope", "users", f"Recall@{k}", f"NDCG@{k}", "interval"]]
+        for row in sorted(chosen, key=lambda row: SCOPES.index(row["scope"])):
+            values = [_number(row[name]) for name in (f"recall@{k}", f"ndcg@{k}")]
+            interval = f"{_number(row[f'ndcg@{k}_low'])} to {_number(row[f'ndcg@{k}_high'])}"
+            table.append([row["system"], row["scope"], f"{row['users']:,}", *values, interval])
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
+        ]
+        return "\n".join([lines[0], "-" * (sum(widths) + 2 * len(widths) - 2), *lines[1:]])
+
+    def _users(self, split: str, scope: str) -> np.ndarray:
+        mask = self.in_candidates[split]
+        return mask if scope == "rank" else np.ones_like(mask)
+
+    def _metric_table(self, rows: Sequence[Mapping[str, Any]]) -> str:
+        best = {name: max((row[name] for row in rows if row[name] is not None), default=None) for name in self.names}
+        table = [["System", "Order", *map(_title, self.names)]]
+        for row in rows:
+            cells = [
+                f"{_bold(_number(row[name]), row[name] is not None and row[name] == best[name])} "
+                f"({_number(row[f'{name}_low'])}–{_number(row[f'{name}_high'])})"
+                for name in self.names
+            ]
+            table.append([f"`{row['system']}`", row["order"], *cells])
+        return _markdown_table(table)
+
+    def _comparison_table(self, rows: Sequence[Mapping[str, Any]]) -> str:
+        cells: dict[tuple[str, str, str], dict[str, str]] = {}
+        for row in rows:
+            sure = row["low"] is not None and (row["low"] > 0 or row["high"] < 0)
+            text = _bold(_number(row["difference"], "+"), sure)
+            text += f" ({_number(row['low'], '+')} to {_number(row['high'], '+')})"
+            cells.setdefault((row["a"], row["b"], row["scope"]), {})[row["metric"]] = text
+        table = [["Systems", "Scope", *map(_title, self.names)]]
+        for (a, b, scope), texts in cells.items():
+            table.append([f"`{a}` − `{b}`", scope.capitalize(), *(texts[name] for name in self.names)])
+        return _markdown_table(table)
+
+
+def plot_metrics(
+    path: str | os.PathLike,
+    rows: Sequence[Mapping[str, Any]],
+    metric: str = "ndcg@10",
+    split: str = "test",
+    highlight: str = "ulmrec",
+) -> None:
+    """Bars of one metric with their intervals, a panel for each scope, a bar for each system, in the rows' order.
+
+    Args:
+        highlight: the system that stands out; the others are grey.
+    """
+    rows = [row for row in rows if row["split"] == split and row[metric] is not None]
+    systems = list(dict.fromkeys(row["system"] for row in rows))
+
+    def draw(figure: "Figure") -> None:
+        for axes, scope in zip(figure.subplots(1, len(SCOPES), sharey=True), SCOPES, strict=True):
+            chosen = {row["system"]: row for row in rows if row["scope"] == scope}
+            right = max((row[f"{metric}_high"] for row in chosen.values()), default=0) or 1
+            for place, system in enumerate(systems):
+                if system not in chosen:
+                    continue
+                value, low, high = (chosen[system][name] for name in (metric, f"{metric}_low", f"{metric}_high"))
+                # Rounding can put the mean of equal values a hair outside their interval.
+                error = [[max(0.0, value - low)], [max(0.0, high - value)]]
+                color = _BLUE if system == highlight else _GREY
+                axes.barh(place, value, xerr=error, color=color, height=0.66, error_kw={"lw": 1.2, "capsize": 3})
+                axes.text(high + 0.02 * right, place, f"{value:.3f}", va="center", fontsize=9)
+            users = next((row["users"] for row in chosen.values()), 0)
+            axes.set_title(f"{scope.capitalize()} ({users:,} users)", fontsize=11)
+            axes.set_xlim(0, 1.18 * right)
+            axes.set_xlabel(f"{_title(metric)}, 95 % interval")
+            _plain_axes(axes, "x")
+        axes.set_yticks(range(len(systems)), systems)
+        axes.set_ylim(len(systems) - 0.5, -0.5)
+
+    _save_figure(path, (10, 1.4 + 0.42 * max(1, len(systems))), draw)
+
+
+def plot_training(path: str | os.PathLike, runs: Mapping[str, Sequence[Mapping[str, Any]]], k: int = 10) -> None:
+    """Training loss and validation NDCG@k over the steps of several runs.
+
+    Args:
+        runs: name -> the Trainer's `log_history`: dicts with `step` and either `loss` or `eval_...ndcg@k`.
+    """
+
+    def draw(figure: "Figure") -> None:
+        loss_axes, ndcg_axes = figure.subplots(1, 2)
+        for name, entries in runs.items():
+            losses = [(entry["step"], entry["loss"]) for entry in entries if "loss" in entry]
+            scores = [
+                (entry["step"], value)
+                for entry in entries
+                for key, value in entry.items()
+                if key.startswith("eval_") and key.endswith(f"ndcg@{k}")
+            ]
+            loss_axes.plot(*_columns(losses), label=name, lw=1.6)
+            ndcg_axes.plot(*_columns(scores), label=name, lw=1.6, marker="o", ms=4)
+        for axes, title in ((loss_axes, "Training loss"), (ndcg_axes, f"Validation NDCG@{k}")):
+            axes.set_title(title, fontsize=11)
+            axes.set_xlabel("step")
+            axes.set_xlim(left=0)
+            axes.set_ylim(bottom=0)
+            _plain_axes(axes, "both")
+        if runs:
+            handles, labels = loss_axes.get_legend_handles_labels()
+            figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(runs)), frameon=False)
+
+    _save_figure(path, (10, 4), draw)
+
+
+def plot_code_use(path: str | os.PathLike, codes: ArrayLike, codebook_size: int) -> None:
+    """How many users each code has, a panel for each level, most used first, beside an even use.
+
+    Args:
+        codes: int [users, levels], each in [0, codebook_size).
+    """
+    codes = np.asarray(codes, dtype=np.int64)
+    if codes.ndim != 2 or not 0 <= codes.min(initial=0) <= codes.max(initial=0) < codebook_size:
+        raise ValueError(f"codes must be [users, levels] in 0 to {codebook_size - 1}; got shape {codes.shape}.")
+
+    def draw(figure: "Figure") -> None:
+        panels = figure.subplots(1, codes.shape[1], sharey=True, squeeze=False)[0]
+        for level, axes in enumerate(panels):
+            use = np.sort(np.bincount(codes[:, level], minlength=codebook_size))[::-1]
+            axes.bar(np.arange(codebook_size), use, width=1.0, color=_BLUE)
+            even = axes.axhline(len(codes) / codebook_size, color=_ORANGE, lw=1.4, ls="--")
+            axes.set_title(f"Level {level + 1}: {np.count_nonzero(use)} of {codebook_size} codes used", fontsize=10)
+            axes.set_xlabel("code, most used first")
+            axes.set_xlim(-0.5, codebook_size - 0.5)
+            _plain_axes(axes, "y")
+        panels[0].set_ylabel("users")
+        panels[-1].legend([even], ["even use"], frameon=False, loc="upper right")
+
+    _save_figure(path, (3.1 * codes.shape[1], 3.2), draw)
+
+
+def _save_figure(path: str | os.PathLike, size: tuple[float, float], draw: Callable[["Figure"], None]) -> None:
+    # A Figure without pyplot needs no display and leaves the user's backend alone.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    draw(figure)
+    with atomic_path(path) as partial:
+        figure.savefig(partial, format="png", dpi=130, metadata={"Software": None})
+
+
+def _plain_axes(axes: Any, grid: str) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis=grid, color="#e3e7eb", lw=0.8)
+    axes.set_axisbelow(True)
+
+
+def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _plain(value: float) -> float | None:
+    # Six decimals: far below any interval, and the same whatever the order in which a machine adds.
+    return None if math.isnan(value) else round(float(value), 6) + 0.0
+
+
+def _number(value: float | None, sign: str = "") -> str:
+    return "n/a" if value is None else f"{value:{sign}.4f}"
+
+
+def _bold(text: str, on: bool) -> str:
+    return f"**{text}**" if on else text
+
+
+def _title(metric: str) -> str:
+    name, k = metric.split("@")
+    return f"{_TITLES[name]}@{k}"
+
+
+def _split_order(split: str) -> tuple[bool, str]:
+    return split != "test", split
+
+
+def _markdown_table(table: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in table]
+    return "\n".join([lines[0], "|" + "---|" * len(table[0]), *lines[1:]])

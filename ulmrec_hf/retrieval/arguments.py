@@ -1,0 +1,61 @@
+"""The settings of the retrieval stage."""
+
+from dataclasses import dataclass, field, fields
+
+SYSTEMS = ("popularity", "item_knn", "lrurec")
+
+
+@dataclass
+class RetrieverArguments:
+    """Which retriever brings the candidates, how many, and how it is fitted."""
+
+    retriever: str = field(
+        default="lrurec", metadata={"help": "Whose candidates are ranked later.", "choices": list(SYSTEMS)}
+    )
+    num_candidates: int = field(default=20, metadata={"help": "Candidates per row, the retriever's top k."})
+    train_positions: int = field(
+        default=5, metadata={"help": "Newest positions of every user's train part that get candidates; 0 = all."}
+    )
+    max_history: int = field(default=50, metadata={"help": "Newest history items that a retriever reads."})
+
+    knn_window: int = field(
+        default=50, metadata={"help": "item_knn: items at most this many steps apart count as neighbours."}
+    )
+    knn_backward_weight: float = field(
+        default=0.5, metadata={"help": "item_knn: weight of the item before, where the item after weighs 1."}
+    )
+    knn_recency: float = field(
+        default=0.6, metadata={"help": "item_knn: weight of a history item for each step back from the newest."}
+    )
+    knn_popularity_exponent: float = field(
+        default=0.3, metadata={"help": "item_knn: co-occurrence is divided by the neighbour's train count to this power."}
+    )
+
+    hidden_size: int = field(default=64, metadata={"help": "Neural retrievers: width of embeddings and layers."})
+    num_layers: int = field(default=2, metadata={"help": "Neural retrievers: number of blocks."})
+    dropout: float = field(default=0.5, metadata={"help": "Neural retrievers: dropout probability."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Neural retrievers: peak learning rate of AdamW."})
+    weight_decay: float = field(default=0.01, metadata={"help": "Neural retrievers: weight decay of AdamW."})
+    batch_size: int = field(default=128, metadata={"help": "Neural retrievers: sequences per training step."})
+    epochs: int = field(default=100, metadata={"help": "Neural retrievers: most epochs to train."})
+    patience: int = field(
+        default=5,
+        metadata={
+            "help": "Neural retrievers: stop after this many epochs without a better validation NDCG@10 and keep the "
+            "best epoch; 0 = no validation, all epochs, the last one is kept."
+        },
+    )
+    seed: int = field(default=42, metadata={"help": "Seed of initial weights, dropout and the order of batches."})
+
+    def __post_init__(self):
+        if self.retriever not in SYSTEMS:
+            raise ValueError(f"retriever must be one of {', '.join(SYSTEMS)}; got {self.retriever!r}.")
+        lowest = {"train_positions": 0, "patience": 0, "seed": 0}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.type is int and value < lowest.get(item.name, 1):
+                raise ValueError(f"{item.name} must be at least {lowest.get(item.name, 1)}; got {value}.")
+            if item.type is float and not 0 <= value < float("inf"):
+                raise ValueError(f"{item.name} must be a finite number of at least 0; got {value}.")
+        if self.dropout >= 1:
+            raise ValueError(f"dropout must be below 1; got {self.dropout}.")

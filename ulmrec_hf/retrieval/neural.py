@@ -1,0 +1,122 @@
+"""What the neural retrievers share: item embeddings tied to the output, the loss, and scoring at the last position."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from .base import Retriever, RetrieverConfig
+
+
+class NeuralRetrieverConfig(RetrieverConfig):
+    """What every neural retriever's config holds.
+
+    Attributes:
+        hidden_size: width of the item embeddings and of every layer.
+        num_layers: number of blocks.
+        dropout: dropout probability.
+        initializer_range: standard deviation of the initial weights.
+    """
+
+    hidden_size: int = 64
+    num_layers: int = 2
+    dropout: float = 0.5
+    initializer_range: float = 0.02
+
+
+@dataclass
+class RetrieverOutput(ModelOutput):
+    """What a neural retriever returns.
+
+    Attributes:
+        loss: mean cross-entropy over the labelled positions, if labels were given.
+        logits: float [batch, num_items + 1], the item after the last one of each row, if no labels were given.
+        last_hidden_state: float [batch, length, hidden_size].
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    last_hidden_state: torch.FloatTensor | None = None
+
+
+class NeuralRetriever(Retriever, PreTrainedModel):
+    """The base of the neural retrievers; a subclass sets `config_class` and implements `encode`.
+
+    Rows are padded on the right with item 0. The output is tied: the logit of item j is its embedding times the hidden state,
+    plus a bias for each item.
+    """
+
+    config_class = NeuralRetrieverConfig
+    base_model_prefix = "retriever"
+    main_input_name = "input_ids"
+
+    def __init__(self, config: NeuralRetrieverConfig):
+        super().__init__(config)
+        self.item_embedding = nn.Embedding(config.num_items + 1, config.hidden_size, padding_idx=0)
+        self.item_bias = nn.Parameter(torch.zeros(config.num_items + 1))
+
+    def encode(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Hidden states, float [batch, length, hidden_size], of right-padded items, int64 [batch, length].
+
+        The state at a real position may depend on the real items up to it, and on nothing else.
+        """
+        raise NotImplementedError
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> RetrieverOutput:
+        """Loss or next-item logits.
+
+        Args:
+            input_ids: int64 [batch, length], padded on the right with 0.
+            labels: int64 [batch, length], the item that follows each position, 0 where there is none.
+        """
+        hidden = self.encode(input_ids)
+        if labels is None:
+            last = (input_ids > 0).sum(1).sub(1).clamp(min=0)  # an empty row is read as padding alone
+            rows = torch.arange(len(last), device=last.device)
+            return RetrieverOutput(logits=self._logits(hidden[rows, last]), last_hidden_state=hidden)
+        # logits over the catalogue are by far the dearest part: only where there is something to predict
+        labelled = labels > 0
+        loss = nn.functional.cross_entropy(self._logits(hidden[labelled]).float(), labels[labelled])
+        return RetrieverOutput(loss=loss, last_hidden_state=hidden)
+
+    def score(self, histories: Iterable[Sequence[int]]) -> torch.Tensor:
+        """Next-item logits, float32 [batch, num_items + 1], without dropout; see `Retriever.score`."""
+        training = self.training
+        self.eval()
+        with torch.inference_mode():
+            input_ids = pad_right(self.newest_items(histories)).to(self.device)
+            scores = self(input_ids).logits.float()
+        self.train(training)
+        return scores
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        # padding is kept out by its bias: writing -inf into the logits would cost a copy of them in the backward pass
+        bias = nn.functional.pad(self.item_bias[1:], (1, 0), value=-torch.inf)
+        return nn.functional.linear(hidden, self.item_embedding.weight, bias)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear | nn.Embedding):
+            init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
+            if getattr(module, "bias", None) is not None:
+                init.zeros_(module.bias)
+            if isinstance(module, nn.Embedding):
+                init.zeros_(module.weight[0])  # stays 0 for ever: no position reads it, and it has no gradient
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, NeuralRetriever):
+            init.zeros_(module.item_bias)
+
+
+def pad_right(rows: Sequence[Sequence[int]]) -> torch.Tensor:
+    """int64 [rows, longest], padded on the right with 0, at least one column wide."""
+    padded = np.zeros((len(rows), max(1, *(len(row) for row in rows), 1)), dtype=np.int64)
+    for place, row in enumerate(rows):
+        padded[place, : len(row)] = row
+    return torch.from_numpy(padded)

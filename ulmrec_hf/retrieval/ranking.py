@@ -1,0 +1,65 @@
+"""Top-k and ranks over the whole catalogue from one batch of scores, under one rule for ties: the lower item id first."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+
+def seen_places(histories: Sequence[Sequence[int]]) -> torch.Tensor:
+    """int64 [items in all histories, 2]: the places (row, item) of the scores that belong to a history."""
+    rows = np.repeat(np.arange(len(histories)), [len(history) for history in histories])
+    items = np.concatenate([np.asarray(history, dtype=np.int64) for history in histories] or [np.empty(0, np.int64)])
+    return torch.from_numpy(np.stack([rows, items], axis=1))
+
+
+def hide(scores: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """The same tensor of scores, changed in place to -inf at padding and at `places` (see `seen_places`)."""
+    scores[:, 0] = -torch.inf
+    scores[places[:, 0], places[:, 1]] = -torch.inf
+    return scores
+
+
+def ranks_of(scores: torch.Tensor, targets: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    """The targets' ranks in the whole catalogue without the seen items.
+
+    Args:
+        scores: float [batch, num_items + 1]; changed in place: -inf at padding and seen items.
+        targets: int64 [batch].
+        seen: int64 [n, 2], see `seen_places`.
+
+    Returns:
+        int64 [batch], 1 = best; 0 where the target itself was seen, and so cannot be reached.
+    """
+    hide(scores, seen)
+    target_scores = scores.gather(1, targets[:, None])
+    if torch.isnan(target_scores).any():
+        raise ValueError("the retriever's scores are NaN: it was not trained well, lower learning_rate and fit again.")
+    ranks = 1 + (scores > target_scores).sum(1)
+    before = torch.arange(scores.shape[1], device=scores.device) < targets[:, None]
+    ranks += ((scores == target_scores) & before).sum(1)
+    return torch.where(torch.isneginf(target_scores[:, 0]), 0, ranks)
+
+
+def top_items(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k best items of each row in descending order.
+
+    Args:
+        scores: float32 [batch, num_items + 1], without NaN, padding and seen items at -inf.
+        k: how many; fewer come back from a smaller catalogue.
+
+    Returns:
+        Items int64 [batch, k] and their scores float32 [batch, k]; a score of -inf means that the row has no more items.
+    """
+    k = min(k, scores.shape[1] - 1)
+    values, items = scores.topk(k + 1)
+    if torch.isnan(values).any():
+        raise ValueError("the retriever's scores are NaN: it was not trained well, lower learning_rate and fit again.")
+    tied = (values[:, k - 1] == values[:, k]) & (values[:, k] > -torch.inf)
+    values, items = values[:, :k], items[:, :k]
+    if tied.any():  # topk keeps any of the items that tie for the last place
+        order = scores[tied].sort(dim=1, descending=True, stable=True)
+        values[tied], items[tied] = order.values[:, :k], order.indices[:, :k]
+    items, by_item = items.sort(dim=1)
+    values, by_score = values.gather(1, by_item).sort(dim=1, descending=True, stable=True)
+    return items.gather(1, by_score), values

@@ -1,0 +1,112 @@
+"""The retrieval stage: fit the retriever, write its candidates, and rank the targets by every system."""
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from transformers import set_seed
+
+from ..files import write_json, write_table
+from ..stages import run_stage, stage_fingerprint
+
+from .arguments import RetrieverArguments
+from .base import Retriever, Sequences
+from .candidates import target_ranks, write_candidates
+from .item_knn import ItemKNNRetriever
+from .popularity import PopularityRetriever
+
+BASELINES = ("popularity", "item_knn")
+
+
+def train_retriever(
+    args: RetrieverArguments,
+    data_folder: str | os.PathLike,
+    output_dir: str | os.PathLike,
+    *,
+    overwrite: bool = False,
+) -> Path:
+    """Runs the stage `output_dir/retriever` and returns its folder.
+
+    The folder holds the chosen retriever (config.json, model.safetensors), `candidates.parquet` (see `write_candidates`),
+    `ranks.parquet` (user, split, system, rank; 0 = unreachable) of popularity, item_knn and the chosen one on validation and test,
+    and `training.json` with loss and validation metrics for each epoch. Whatever is fitted sees the train parts alone;
+    validation targets choose the epoch, and test targets are only ranked.
+
+    Args:
+        args: the settings.
+        data_folder: a finished data stage.
+        output_dir: the run's folder.
+        overwrite: make the stage anew where it was made with other settings.
+    """
+
+    def build(folder: Path) -> None:
+        sequences = Sequences.load(data_folder)
+        retriever, history = fit_retriever(args.retriever, args, sequences, folder)
+        retriever.save_pretrained(folder)
+        write_json(folder / "training.json", {"retriever": retriever.name, "history": history})
+        candidates = write_candidates(
+            retriever,
+            sequences,
+            folder / "candidates.parquet",
+            k=args.num_candidates,
+            train_positions=args.train_positions,
+        )
+        tables = []
+        for name in BASELINES:
+            if name != args.retriever:
+                baseline, _ = fit_retriever(name, args, sequences, folder)
+                for split in ("validation", "test"):
+                    tables.append(_rank_table(name, split, *target_ranks(baseline, sequences, split)))
+        own = pq.read_table(candidates, columns=["user", "split", "target_rank"])
+        for split in ("validation", "test"):
+            rows = own.filter(pa.compute.equal(own["split"], split))
+            tables.append(_rank_table(args.retriever, split, rows["user"].to_numpy(), rows["target_rank"].to_numpy()))
+        write_table(folder / "ranks.parquet", pa.concat_tables(tables))
+
+    return run_stage(
+        Path(output_dir) / "retriever",
+        asdict(args),
+        {"data": stage_fingerprint(data_folder)},
+        build,
+        overwrite=overwrite,
+    )
+
+
+def fit_retriever(
+    name: str, args: RetrieverArguments, sequences: Sequences, work_folder: Path
+) -> tuple[Retriever, list[dict[str, float]]]:
+    """Fits a retriever by name on the train parts; returns it and, for neural ones, the history of its training."""
+    if name == "popularity":
+        return PopularityRetriever.fit(sequences.train_part()), []
+    if name == "item_knn":
+        settings = {item.removeprefix("knn_"): value for item, value in asdict(args).items() if item.startswith("knn_")}
+        return ItemKNNRetriever.fit(sequences.train_part(), max_history=args.max_history, **settings), []
+    from .lrurec import LRURecConfig, LRURecModel
+    from .trainer import train_neural_retriever
+
+    set_seed(args.seed)
+    config = LRURecConfig(
+        num_items=sequences.num_items,
+        catalogue=sequences.catalogue,
+        max_history=args.max_history,
+        hidden_size=args.hidden_size,
+        num_layers=args.num_layers,
+        dropout=args.dropout,
+    )
+    model = LRURecModel(config)
+    history = train_neural_retriever(model, sequences, args, work_folder)
+    return model, history
+
+
+def _rank_table(system: str, split: str, users: np.ndarray, ranks: np.ndarray) -> pa.Table:
+    return pa.table(
+        {
+            "user": pa.array(users, pa.int32()),
+            "split": pa.repeat(split, len(users)),
+            "system": pa.repeat(system, len(users)),
+            "rank": pa.array(ranks, pa.int32()),
+        }
+    )

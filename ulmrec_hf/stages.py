@@ -1,0 +1,114 @@
+"""A stage: a folder that remembers the settings and inputs it was made from, so that it is made only once."""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from .files import hash_value, publish_folder, write_json
+
+logger = logging.getLogger(__name__)
+RECORD = "stage.json"
+
+
+def stage_fingerprint(folder: str | os.PathLike) -> str:
+    """The fingerprint of a finished stage: a hash of its settings and inputs, for the `inputs` of later stages.
+
+    Raises:
+        ValueError: the folder is not a finished stage.
+    """
+    record = Path(folder) / RECORD
+    if not record.is_file():
+        raise ValueError(f"{folder} is not a finished stage: {RECORD} is missing there. Run the earlier stage first.")
+    return json.loads(record.read_text(encoding="utf-8"))["fingerprint"]
+
+
+def stage_is_current(
+    folder: str | os.PathLike, settings: Mapping[str, Any], inputs: Mapping[str, str], *, overwrite: bool = False
+) -> bool:
+    """Whether `folder` already holds this very stage.
+
+    Raises:
+        ValueError: it holds the stage of another run, and `overwrite` is off; the message names what differs.
+    """
+    record = Path(folder) / RECORD
+    if not record.is_file():
+        return False
+    old = json.loads(record.read_text(encoding="utf-8"))
+    new = _record(settings, inputs)
+    if old["fingerprint"] == new["fingerprint"]:
+        return True
+    if overwrite:
+        return False
+    differences = [
+        f"{name} was {json.dumps(old[part].get(name))}, is {json.dumps(new[part].get(name))}"
+        for part in ("settings", "inputs")
+        for name in sorted({*old[part], *new[part]})
+        if old[part].get(name) != new[part].get(name)
+    ]
+    raise ValueError(
+        f"{folder} was made with other settings: {'; '.join(differences)}. "
+        "Choose another output_dir, or pass --overwrite to run again what changed."
+    )
+
+
+def run_stage(
+    folder: str | os.PathLike,
+    settings: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    build: Callable[[Path], None],
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    is_main: bool = True,
+    wait: Callable[[], None] = lambda: None,
+) -> Path:
+    """Runs `build(partial_folder)` unless `folder` already holds this very stage; returns `folder`.
+
+    Args:
+        folder: where the finished stage stands.
+        settings: JSON-able settings that decide the stage's content.
+        inputs: fingerprints or file hashes of what it reads.
+        build: fills the folder it is given; what it raises leaves the old folder untouched.
+        overwrite: make a stage with other settings or inputs anew instead of refusing.
+        resume: keep what a killed attempt with the same settings left in the partial folder.
+        is_main: whether this process writes; of several processes that build together, one.
+        wait: returns when all processes have come here.
+
+    Raises:
+        ValueError: the folder holds the stage of another run (see `stage_is_current`).
+    """
+    folder = Path(folder)
+    if stage_is_current(folder, settings, inputs, overwrite=overwrite):
+        logger.info("%s is up to date", folder)
+        return folder
+    wait()  # nobody may begin to write before all have looked
+    record = _record(settings, inputs)
+    partial = folder.with_name(folder.name + ".partial")
+    if is_main:
+        begun = partial / RECORD
+        if not (resume and begun.is_file() and json.loads(begun.read_text(encoding="utf-8")) == record):
+            shutil.rmtree(partial, ignore_errors=True)  # what lies there belongs to other settings
+            partial.mkdir(parents=True)
+            write_json(begun, record)
+    wait()
+    try:
+        build(partial)
+    except BaseException:
+        if is_main and not resume:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    wait()
+    if is_main:
+        publish_folder(partial, folder)
+    wait()
+    return folder
+
+
+def _record(settings: Mapping[str, Any], inputs: Mapping[str, str]) -> dict[str, Any]:
+    # through JSON once, so that tuples and lists, or paths and strings, compare equal
+    plain = json.loads(json.dumps({"settings": dict(settings), "inputs": dict(inputs)}, default=str))
+    return {**plain, "fingerprint": hash_value(plain)}

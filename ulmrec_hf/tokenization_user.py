@@ -1,0 +1,160 @@
+"""A tokenizer with one token for each code of a user index."""
+
+import copy
+import json
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from string import ascii_lowercase
+
+from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.tokenization_utils_tokenizers import TokenizersBackend
+
+_USER_TOKEN = re.compile(r"<([a-z])_(\d+)>")
+_SETTINGS = "user_index"
+
+
+class UserTokenizer(TokenizersBackend):
+    """A base model's tokenizer plus the user tokens `<a_0>` .. `<d_255>`, one id each.
+
+    Make one with `from_base`. What it saves, plain `AutoTokenizer` loads with the same ids and no remote code;
+    `UserTokenizer.from_pretrained` gives this class back. User tokens are no special tokens, so that
+    `decode(..., skip_special_tokens=True)` keeps a generated user index. Write an index without inner spaces: a space
+    before a user token is a token of its own in some vocabularies.
+    """
+
+    # No __init__ here: transformers would rebuild a subclass that has one from its vocabulary and merges, and lose
+    # the normalizer and pre-tokenizer of tokenizer.json, so that the ids change.
+
+    @classmethod
+    def from_base(
+        cls, base: str | os.PathLike | PreTrainedTokenizerBase, levels: int = 4, codebook_size: int = 256, **kwargs
+    ) -> "UserTokenizer":
+        """Extends a base model's tokenizer; a missing pad token becomes the end token.
+
+        Args:
+            base: a hub id, a folder, or a loaded tokenizer. The backend that `AutoTokenizer` gives is the one kept,
+                which for Llama-2 is not the one that its tokenizer.json describes.
+            levels: codes in a user index, 1 to 26 (one letter a level).
+            codebook_size: values that a code can take.
+            kwargs: handed on to `AutoTokenizer.from_pretrained`, such as `revision`.
+
+        Raises:
+            ValueError: the base already holds one of the user tokens (unless it is a UserTokenizer of the same size),
+                has no fast backend, or has neither a pad nor an end token; or a size is out of range.
+        """
+        if not 1 <= levels <= len(ascii_lowercase):
+            raise ValueError(f"levels must be 1 to {len(ascii_lowercase)} (one letter a level), got {levels}.")
+        if codebook_size < 1:
+            raise ValueError(f"codebook_size must be at least 1, got {codebook_size}.")
+        if isinstance(base, str | os.PathLike):
+            base = AutoTokenizer.from_pretrained(base, **kwargs)
+        name = getattr(base, "name_or_path", "") or type(base).__name__
+        if getattr(base, "backend_tokenizer", None) is None:
+            raise ValueError(f"The tokenizer {name!r} has no fast (tokenizers) backend; choose a base model that has.")
+        settings = {"levels": levels, "codebook_size": codebook_size}
+        held = base.init_kwargs.get(_SETTINGS)
+        tokens = [f"<{letter}_{code}>" for letter in ascii_lowercase[:levels] for code in range(codebook_size)]
+        if held is not None and dict(held) != settings:
+            raise ValueError(
+                f"The tokenizer {name!r} already holds user tokens of {held['levels']} levels x "
+                f"{held['codebook_size']} codes, but {levels} x {codebook_size} are asked for: "
+                "use those sizes, or start from the base model's own tokenizer."
+            )
+        vocabulary = base.get_vocab()
+        taken = [token for token in tokens if token in vocabulary]
+        if held is None and taken:
+            raise ValueError(
+                f"The tokenizer {name!r} already holds the token {taken[0]}, which is to stand for a user's code "
+                f"({len(taken)} of {len(tokens)} such tokens are taken): choose another base model."
+            )
+        special = dict(base.special_tokens_map)
+        if special.get("pad_token") is None:
+            if special.get("eos_token") is None:
+                raise ValueError(f"The tokenizer {name!r} has neither a pad nor an end token: set one of them.")
+            special["pad_token"] = special["eos_token"]  # labels are masked by position, never by the pad id
+        backend = copy.deepcopy(base.backend_tokenizer)
+        backend.no_truncation()  # an earlier call of the base may have left them on, and they would be saved
+        backend.no_padding()
+        # base.init_kwargs as a whole would carry loading options such as local_files_only into the saved config
+        tokenizer = cls(
+            tokenizer_object=backend,
+            padding_side=base.padding_side,
+            truncation_side=base.truncation_side,
+            model_max_length=base.model_max_length,
+            **({"extra_special_tokens": list(base.extra_special_tokens)} if base.extra_special_tokens else {}),
+            **({"chat_template": base.chat_template} if base.chat_template else {}),
+            **{_SETTINGS: settings},
+            **special,
+        )
+        tokenizer.name_or_path = base.name_or_path
+        tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in tokens])
+        return tokenizer
+
+    @property
+    def levels(self) -> int:
+        """Codes in a user index."""
+        return self._settings["levels"]
+
+    @property
+    def codebook_size(self) -> int:
+        """Values that a code can take."""
+        return self._settings["codebook_size"]
+
+    @property
+    def user_token_ids(self) -> list[list[int]]:
+        """Token ids [levels][codebook_size]."""
+        return [
+            self.convert_tokens_to_ids([f"<{letter}_{code}>" for code in range(self.codebook_size)])
+            for letter in ascii_lowercase[: self.levels]
+        ]
+
+    def encode_user(self, codes: Iterable[int]) -> list[int]:
+        """The token ids of a user index, one a level.
+
+        Raises:
+            ValueError: the number of codes or one of them is out of range.
+        """
+        codes = [int(code) for code in codes]
+        if len(codes) != self.levels or not all(0 <= code < self.codebook_size for code in codes):
+            raise ValueError(
+                f"A user index has {self.levels} codes of 0 to {self.codebook_size - 1}, but {codes} were given."
+            )
+        return self.convert_tokens_to_ids(
+            [f"<{letter}_{code}>" for letter, code in zip(ascii_lowercase, codes, strict=False)]
+        )
+
+    def decode_user(self, ids: Iterable[int]) -> tuple[int, ...]:
+        """The codes of a user index's token ids, the inverse of `encode_user`.
+
+        Raises:
+            ValueError: the ids are not one user token of each level in order.
+        """
+        ids = [int(token_id) for token_id in ids]
+        tokens = [token or "" for token in self.convert_ids_to_tokens(ids)]
+        matches = [_USER_TOKEN.fullmatch(token) for token in tokens]
+        letters = "".join(match.group(1) if match else "?" for match in matches)
+        if letters != ascii_lowercase[: self.levels]:
+            raise ValueError(
+                f"The ids {ids} are the tokens {tokens}, not one user token of each of the {self.levels} levels."
+            )
+        return tuple(int(match.group(2)) for match in matches)
+
+    @property
+    def _settings(self) -> dict[str, int]:
+        settings = self.init_kwargs.get(_SETTINGS)
+        if settings is None:
+            raise ValueError(
+                f"The tokenizer {self.name_or_path!r} holds no user tokens; make one by UserTokenizer.from_base."
+            )
+        return settings
+
+    def _save_pretrained(self, save_directory, file_names, *args, **kwargs):
+        # Runs after tokenizer_config.json is written and before anything is pushed to the hub. The class named there
+        # must be one that transformers has, so that loading needs neither this package nor a fallback.
+        config = Path(file_names[0])
+        saved = json.loads(config.read_text(encoding="utf-8"))
+        saved["tokenizer_class"] = "PreTrainedTokenizerFast"
+        config.write_text(json.dumps(saved, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+        return super()._save_pretrained(save_directory, file_names, *args, **kwargs)

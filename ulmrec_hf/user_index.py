@@ -1,0 +1,179 @@
+"""UserIndex: user id -> codes. Unique, or it raises."""
+
+import os
+import re
+import string
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from .files import write_table
+
+_TOKEN = re.compile(r"<([a-z])_(0|[1-9][0-9]*)>")
+_SPELLED = re.compile(rf"(?:{_TOKEN.pattern})+")
+MAX_CODEBOOK_SIZE = 2**16  # codes are uint16
+MAX_LEVELS = len(string.ascii_lowercase)
+
+
+def spell_codes(codes: Sequence[int]) -> str:
+    """Spells codes as user tokens: (219, 2, 95, 238) -> `<a_219><b_2><c_95><d_238>`."""
+    return "".join(f"<{letter}_{int(code)}>" for letter, code in zip(string.ascii_lowercase, codes, strict=False))
+
+
+def parse_codes(text: str) -> tuple[int, ...]:
+    """Reads what `spell_codes` wrote.
+
+    Raises:
+        ValueError: the text is anything but user tokens of the levels a, b, c, ... in this order.
+    """
+    found = _TOKEN.findall(text) if _SPELLED.fullmatch(text) else []
+    if not found or "".join(letter for letter, _ in found) != string.ascii_lowercase[: len(found)]:
+        raise ValueError(f"{text!r} is not a user index; one is spelled like <a_219><b_2><c_95><d_238>.")
+    return tuple(int(code) for _, code in found)
+
+
+def perplexity(codes: np.ndarray, codebook_size: int) -> float:
+    """exp of the entropy of how often each code is used: between 1 (one code) and `codebook_size` (all alike)."""
+    counts = np.bincount(codes, minlength=codebook_size)
+    share = counts[counts > 0] / max(counts.sum(), 1)
+    return float(np.exp(-(share * np.log(share)).sum()))
+
+
+class UserIndex:
+    """The codes of every user.
+
+    Args:
+        user_ids: one id a user, all different.
+        codes: integers, shape [users, levels], each in [0, codebook_size), all rows different.
+        codebook_size: codes per level, at most 65,536.
+
+    Raises:
+        ValueError: two users share an id or a row of codes (the first such pair is named), or a code is out of range.
+    """
+
+    def __init__(self, user_ids: Sequence[str], codes: np.ndarray, codebook_size: int):
+        codes = np.asarray(codes)
+        if codes.ndim != 2 or not 1 <= codes.shape[1] <= MAX_LEVELS or not np.issubdtype(codes.dtype, np.integer):
+            raise ValueError(
+                f"codes must be integers of shape [users, levels] with 1 to {MAX_LEVELS} levels; "
+                f"got {codes.dtype} of shape {list(codes.shape)}."
+            )
+        if len(user_ids) != len(codes):
+            raise ValueError(f"{len(user_ids)} user ids but {len(codes)} rows of codes: each user needs one row.")
+        if not 1 <= codebook_size <= MAX_CODEBOOK_SIZE:
+            raise ValueError(f"codebook_size must be between 1 and {MAX_CODEBOOK_SIZE}, got {codebook_size}.")
+        outside = np.argwhere((codes < 0) | (codes >= codebook_size))
+        if len(outside):
+            row, level = outside[0]
+            raise ValueError(
+                f"User {user_ids[row]!r} has the code {codes[row, level]} at level {level + 1}, "
+                f"outside of 0..{codebook_size - 1}."
+            )
+        self.user_ids = list(user_ids)
+        self.codes = np.ascontiguousarray(codes, dtype=np.uint16)
+        self.codes.flags.writeable = False
+        self.codebook_size = int(codebook_size)
+        self._rows: dict[str, int] = {}
+        for row, user_id in enumerate(self.user_ids):
+            first = self._rows.setdefault(user_id, row)
+            if first != row:
+                raise ValueError(f"User id {user_id!r} occurs twice, in rows {first} and {row}: ids must be unique.")
+        self._check_unique_codes()
+
+    def _check_unique_codes(self) -> None:
+        if not len(self):
+            return
+        keys = self.codes.view(np.dtype((np.void, self.codes.itemsize * self.levels))).ravel()
+        _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+        repeated = np.flatnonzero(first[inverse] != np.arange(len(keys)))
+        if len(repeated):
+            row = repeated[0]
+            raise ValueError(
+                f"Users {self.user_ids[first[inverse[row]]]!r} and {self.user_ids[row]!r} share the index "
+                f"{spell_codes(self.codes[row])} ({len(repeated)} such rows): a user index must be unique."
+            )
+
+    @property
+    def levels(self) -> int:
+        """Codes per user."""
+        return self.codes.shape[1]
+
+    def __len__(self) -> int:
+        return len(self.user_ids)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.user_ids)
+
+    def __contains__(self, user_id: str) -> bool:
+        return user_id in self._rows
+
+    def __getitem__(self, user_id: str) -> tuple[int, ...]:
+        if user_id not in self._rows:
+            raise KeyError(f"User {user_id!r} is not among the {len(self)} users of this index.")
+        return tuple(self.codes[self._rows[user_id]].tolist())
+
+    def __repr__(self) -> str:
+        return f"UserIndex(users={len(self)}, levels={self.levels}, codebook_size={self.codebook_size})"
+
+    def spell(self, user_id: str) -> str:
+        """The user's index as user tokens, such as `<a_219><b_2><c_95><d_238>`."""
+        return spell_codes(self[user_id])
+
+    def shuffled(self, seed: int) -> "UserIndex":
+        """The same users and the same set of codes, dealt out anew: what a placebo run uses."""
+        order = np.random.default_rng(seed).permutation(len(self))
+        return UserIndex(self.user_ids, self.codes[order], self.codebook_size)
+
+    def to_parquet(self, path: str | os.PathLike) -> None:
+        """Writes columns user_id and codes (list<uint16>) atomically; codebook_size goes into the schema metadata."""
+        offsets = np.arange(0, self.codes.size + 1, self.levels, dtype=np.int32)
+        table = pa.table(
+            {
+                "user_id": pa.array(self.user_ids, pa.string()),
+                "codes": pa.ListArray.from_arrays(pa.array(offsets), pa.array(self.codes.ravel())),
+            }
+        )
+        write_table(path, table.replace_schema_metadata({"codebook_size": str(self.codebook_size)}))
+
+    @classmethod
+    def from_parquet(cls, path: str | os.PathLike) -> "UserIndex":
+        """Reads what `to_parquet` wrote.
+
+        Raises:
+            ValueError: the file is missing or holds no user index.
+        """
+        if not os.path.isfile(path):
+            raise ValueError(f"User index {path} does not exist. recipes/index_users.py makes one.")
+        table = pq.read_table(path)
+        metadata = table.schema.metadata or {}
+        if not {"user_id", "codes"} <= set(table.column_names) or b"codebook_size" not in metadata:
+            raise ValueError(
+                f"{path} is not a user index: it needs the columns user_id and codes, and codebook_size in its "
+                f"schema metadata; it has the columns {', '.join(table.column_names)}."
+            )
+        codes = table["codes"].combine_chunks()
+        lengths = np.unique(codes.value_lengths().to_numpy(zero_copy_only=False))
+        if len(lengths) != 1 or codes.flatten().null_count:
+            raise ValueError(f"{path} is not a user index: every user needs the same number of codes, none missing.")
+        flat = codes.flatten().to_numpy()
+        return cls(table["user_id"].to_pylist(), flat.reshape(len(table), -1), int(metadata[b"codebook_size"]))
+
+    def report(self) -> dict:
+        """How well the codes are used.
+
+        Returns:
+            `users`; `codes_used` and `perplexity`, one value a level; `users_alone`: how many users are the only ones
+            under their 1-code and 2-code prefix.
+        """
+        alone = [
+            int((np.unique(self.codes[:, :length], axis=0, return_counts=True)[1] == 1).sum())
+            for length in range(1, min(2, self.levels) + 1)
+        ]
+        return {
+            "users": len(self),
+            "codes_used": [len(np.unique(level)) for level in self.codes.T],
+            "perplexity": [round(perplexity(level, self.codebook_size), 3) for level in self.codes.T],
+            "users_alone": alone,
+        }
