@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from trl import TrlParser
 
+from ulmrec_hf.cli import run_script
 from ulmrec_hf.data.arguments import DataArguments, StageArguments
 from ulmrec_hf.data.prepare import prepare_data
 from ulmrec_hf.preferences.arguments import PreferenceArguments
@@ -22,4 +23,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -14,17 +14,27 @@ from pathlib import Path
 import yaml
 from trl import ModelConfig, TrlParser
 
+from ulmrec_hf.cli import run_script
 from ulmrec_hf.data.arguments import DataArguments
 from ulmrec_hf.data.tasks import TaskArguments
 from ulmrec_hf.indexing.arguments import IndexArguments
 from ulmrec_hf.pipeline import PipelineArguments, Settings, prepare_stages, tune, write_report
 from ulmrec_hf.preferences.arguments import PreferenceArguments
 from ulmrec_hf.retrieval.arguments import RetrieverArguments
-from ulmrec_hf.trainer import ULMRecTrainingArguments
+from ulmrec_hf.trainer import ULMRecTrainingArguments, check_processes
 
 # What a launcher hands to its processes; the earlier stages' small models run plainly, without it.
 LAUNCHER = ("ACCELERATE_", "FSDP_", "DEEPSPEED_", "TORCHELASTIC_", "OMP_NUM_THREADS")
-LAUNCHER_NAMES = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"}
+LAUNCHER_NAMES = {
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "NODE_RANK",
+    "GROUP_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+}
 
 
 def make_parser() -> TrlParser:
@@ -40,7 +50,9 @@ def read_stage_config(path: str | None, arguments: type, **fixed):
     if path is not None:
         found = next((base for base in (Path(path), Path(__file__).parent / path) if base.is_file()), None)
         if found is None:
-            raise ValueError(f"{path} does not exist; check the settings retriever_config, preference_config and index_config.")
+            raise ValueError(
+                f"{path} does not exist; check the settings retriever_config, preference_config and index_config."
+            )
         given = yaml.safe_load(found.read_text(encoding="utf-8")) or {}
         unknown = sorted(set(given) - set(arguments.__dataclass_fields__))
         if unknown:
@@ -51,6 +63,7 @@ def read_stage_config(path: str | None, arguments: type, **fixed):
 def parse(argv: list[str] | None = None) -> Settings:
     """Settings from YAML and the command line."""
     data, pipeline, tasks, model, training = make_parser().parse_args_and_config(args=argv)
+    check_processes(training)
     positions = {"train_positions": tasks.train_positions}
     settings = Settings(
         data=data,
@@ -79,6 +92,8 @@ def main(argv: list[str] | None = None) -> None:
             for name, value in os.environ.items()
             if not name.startswith(LAUNCHER) and name not in LAUNCHER_NAMES
         }
+        # with several accelerators in sight Trainer would split every small batch among them
+        plain["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
         done = subprocess.run([sys.executable, __file__, *argv, "--prepare_only", "true"], env=plain)
         if done.returncode:
             raise SystemExit(done.returncode)  # the stage has said why
@@ -86,8 +101,10 @@ def main(argv: list[str] | None = None) -> None:
     if settings.training.process_index == 0:
         print(write_report(settings))
         folder = settings.folder
-        print(f"\nModel:  {folder / 'model'}\nReport: {folder / 'report' / 'report.md'}\nTasks:  {folder / 'data' / 'tasks'}")
+        print(
+            f"\nModel:  {folder / 'model'}\nReport: {folder / 'report' / 'report.md'}\nTasks:  {folder / 'data' / 'tasks'}"
+        )
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

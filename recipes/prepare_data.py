@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from trl import TrlParser
 
+from ulmrec_hf.cli import run_script
 from ulmrec_hf.data.arguments import DataArguments, StageArguments
 from ulmrec_hf.data.prepare import prepare_data
 
@@ -28,4 +29,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

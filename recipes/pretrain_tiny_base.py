@@ -8,6 +8,7 @@ About 50 minutes on 2 cores.
 """
 
 import random
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,15 @@ from pathlib import Path
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch.utils.data import IterableDataset
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments, set_seed
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 from trl import TrlParser
 
 from ulmrec_hf.data import synthetic as toy
@@ -64,10 +73,17 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.Unigram(vocab, unk_id=0, byte_fallback=True))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="never", split=True)
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in ("<unk>", "<s>", "</s>")])
+    backend.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in ("<unk>", "<s>", "</s>")]
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>",
-        padding_side="left", model_max_length=4096,
+        tokenizer_object=backend,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="</s>",
+        padding_side="left",
+        model_max_length=4096,
     )
 
 
@@ -86,19 +102,18 @@ class Exercises(IterableDataset):
         rng = random.Random(self.seed)
         row = 0
         while True:
-            grown = min(1.0, row / self.growth)
-            most = 4 + int(16 * grown)
-            candidates = 20 if grown == 1.0 and rng.random() < 0.7 else rng.randint(2, most)
             # copying teaches what a letter is; once that is known, the real prompts teach what to look for
-            copying = 0.6 - 0.5 * grown
+            learned = min(1.0, row / self.growth)
+            most = 4 + int(16 * max(0.0, 1.5 * learned - 0.5))
+            candidates = 20 if learned == 1.0 and rng.random() < 0.7 else rng.randint(2, most)
             kind = rng.random()
-            if kind < 0.04:
+            if kind < 0.02:
                 segments = review_text(rng)
-            elif kind < 0.1:
+            elif kind < 0.07:
                 segments = describe(rng)
-            elif kind < 0.2:
+            elif kind < 0.12:
                 segments = look_up(rng, candidates)
-            elif kind < 0.2 + 0.8 * copying:
+            elif kind < 0.12 + 0.88 * max(0.1, 1 - 1.2 * learned):
                 segments = copy(rng, candidates)
             else:
                 segments = choose(rng, candidates)
@@ -156,7 +171,9 @@ def single_out(rng: random.Random, titles: list[tuple[str, str, str]], index: in
 def look_up(rng: random.Random, count: int) -> Segments:
     """A list of candidates, then the letters of many of its lines."""
     titles = random_titles(rng, count)
-    segments: Segments = [("### Candidates:\n" + render_candidates([title(*t) for t in titles]) + "\n### Answer:", False)]
+    segments: Segments = [
+        ("### Candidates:\n" + render_candidates([title(*t) for t in titles]) + "\n### Answer:", False)
+    ]
     for index in rng.sample(range(count), min(count, 12)):
         segments += [("\n- " + " ".join(single_out(rng, titles, index)) + ":", False), (LETTERS[index], True)]
     return segments
@@ -168,7 +185,10 @@ def copy(rng: random.Random, count: int) -> Segments:
     index = rng.randrange(count)
     header = rng.choice(("### User:\n", "### Preference:\n"))
     prompt = header + " ".join(single_out(rng, titles, index)) + "\n### Candidates:\n"
-    return [(prompt + render_candidates([title(*t) for t in titles]) + "\n### Answer:\n", False), (LETTERS[index], True)]
+    return [
+        (prompt + render_candidates([title(*t) for t in titles]) + "\n### Answer:\n", False),
+        (LETTERS[index], True),
+    ]
 
 
 def choose(rng: random.Random, count: int) -> Segments:
@@ -230,7 +250,7 @@ def describe(rng: random.Random) -> Segments:
 def review_text(rng: random.Random) -> Segments:
     """Running text of the toy language."""
     sentences = []
-    for _ in range(3):
+    for _ in range(2):
         theme, make, kind = rng.choice(THEMES), rng.choice(MAKES), rng.choice(toy.KINDS)
         sentences.append(rng.choice(toy.LIKED_SENTENCES + toy.DISLIKED_SENTENCES).format(kind=kind))
         taste = rng.choice(toy.TASTE_SENTENCES)
@@ -246,7 +266,12 @@ class DenseLabelTrainer(Trainer):
         labels = inputs["labels"][:, 1:]
         hidden = model.model(inputs["input_ids"], attention_mask=inputs["attention_mask"]).last_hidden_state[:, :-1]
         carries_loss = labels != IGNORED
-        loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[carries_loss]), labels[carries_loss])
+        losses = torch.nn.functional.cross_entropy(
+            model.lm_head(hidden[carries_loss]), labels[carries_loss], reduction="none"
+        )
+        # every exercise weighs the same, whether its answer is one letter or a text
+        answers = carries_loss.sum(1, keepdim=True).expand_as(labels)[carries_loss]
+        loss = (losses / answers).sum() / len(labels)
         return (loss, None) if return_outputs else loss
 
 
@@ -257,11 +282,17 @@ def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         return torch.tensor([[value] * (longest - len(row[name])) + row[name] for row in rows])
 
     mask = [[0] * (longest - len(row["input_ids"])) + [1] * len(row["input_ids"]) for row in rows]
-    return {"input_ids": padded("input_ids", 0), "labels": padded("labels", IGNORED), "attention_mask": torch.tensor(mask)}
+    return {
+        "input_ids": padded("input_ids", 0),
+        "labels": padded("labels", IGNORED),
+        "attention_mask": torch.tensor(mask),
+    }
 
 
 @torch.inference_mode()
-def accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, exercise, count: int, rows: int = 200) -> float:
+def accuracy(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, exercise, count: int, rows: int = 200
+) -> float:
     """Share of fresh exercises of `count` candidates whose first letter is the model's most likely token."""
     rng = random.Random(1_000_003)
     right = 0
@@ -273,9 +304,29 @@ def accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, exerci
             prompts.append("".join(text for text, _ in segments[:first]))
             answers.append(segments[first][0])
         batch = tokenizer(prompts, padding=True, add_special_tokens=False, return_tensors="pt")
-        best = model(batch["input_ids"], attention_mask=batch["attention_mask"], logits_to_keep=1).logits[:, -1].argmax(-1)
+        best = (
+            model(batch["input_ids"], attention_mask=batch["attention_mask"], logits_to_keep=1).logits[:, -1].argmax(-1)
+        )
         right += sum(tokenizer.convert_ids_to_tokens(best.tolist())[i] == answers[i] for i in range(50))
     return right / (rows // 50 * 50)
+
+
+class Exam(TrainerCallback):
+    """Prints now and then how many exercises the model gets right."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast):
+        self.tokenizer = tokenizer
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step % 250 == 0 or state.global_step == state.max_steps:
+            model.eval()
+            results = [
+                f"{exercise.__name__} {count}: {accuracy(model, self.tokenizer, exercise, count):.2f}"
+                for exercise in (copy, choose)
+                for count in (4, 20)
+            ]
+            model.train()
+            print(f"step {state.global_step}, share right of candidates: {', '.join(results)}", flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -302,16 +353,14 @@ def main(argv: list[str] | None = None) -> None:
                 remove_unused_columns=False, disable_tqdm=False,
             ),
             data_collator=collate,
-            train_dataset=Exercises(tokenizer, args.seed, growth=args.steps * args.batch_size // 3),
+            train_dataset=Exercises(tokenizer, args.seed, growth=args.steps * args.batch_size * 2 // 5),
+            callbacks=[Exam(tokenizer)],
         )  # fmt: skip
         trainer.train()
         model.eval()
-        for name, exercise in (("look up", look_up), ("copy", copy), ("choose", choose)):
-            for count in (2, 8, 20):
-                print(f"{name}, {count} candidates: {accuracy(model, tokenizer, exercise, count):.3f} right")
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        (folder / "trainer").rmdir() if (folder / "trainer").is_dir() else None
+        shutil.rmtree(folder / "trainer", ignore_errors=True)
     size = (Path(args.output_dir) / "model.safetensors").stat().st_size
     print(f"{args.output_dir}: {model.num_parameters():,} parameters, {size:,} bytes, {len(tokenizer)} tokens")
 

@@ -5,6 +5,7 @@ import os
 import numpy as np
 from trl import TrlParser
 
+from ulmrec_hf.cli import run_script
 from ulmrec_hf.data.arguments import DataArguments, StageArguments
 from ulmrec_hf.retrieval.arguments import RetrieverArguments
 
@@ -45,4 +46,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

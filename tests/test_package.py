@@ -102,6 +102,22 @@ def test_every_dependency_is_constrained():
     assert {name.replace("_", "-") for name in names} <= known
 
 
+def test_readme_commands_are_taken_from_console_blocks(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(
+        "```console\n$ first \\\n    --flag\noutput\n$ second\n```\n"
+        "```bash\n$ never\n```\n"
+        "```console results\n$ takes hours\n```\n"
+    )
+    command = [sys.executable, ROOT / ".ci" / "readme.py", readme]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    parsed = subprocess.run([*command, "--results"], capture_output=True, text=True, check=True)
+    assert run.stdout == "first \\\n    --flag\nsecond\n"
+    assert parsed.stdout == "takes hours\n"
+    readme.write_text("```console\nno command\n```\n")
+    assert "README line 1" in subprocess.run(command, capture_output=True, text=True).stderr
+
+
 def test_imports_only_go_down():
     command = [Path(sys.executable).with_name("lint-imports"), "--no-cache", "--no-logo"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

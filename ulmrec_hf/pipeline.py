@@ -36,12 +36,7 @@ RANKER, NO_INDEX, INDEX_ONLY, PLACEBO = "ulmrec", "ulmrec_no_index", "ulmrec_ind
 ABLATIONS = ("no_index", "index_only", "placebo")
 SPLITS = ("validation", "test")
 # Settings that decide what a tuned model is; the others (logging, workers, devices) may differ when a run goes on.
-TUNING_SETTINGS = (
-    "learning_rate user_token_learning_rate num_train_epochs max_steps per_device_train_batch_size "
-    "gradient_accumulation_steps warmup_steps lr_scheduler_type lr_scheduler_kwargs weight_decay adam_beta1 adam_beta2 "
-    "adam_epsilon max_grad_norm optim seed data_seed bf16 fp16 eval_strategy eval_steps load_best_model_at_end "
-    "metric_for_best_model greater_is_better train_sampling_strategy label_smoothing_factor neftune_noise_alpha"
-).split()
+TUNING_SETTINGS = ["learning_rate", "user_token_learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "warmup_steps", "lr_scheduler_type", "lr_scheduler_kwargs", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "optim", "seed", "data_seed", "bf16", "fp16", "eval_strategy", "eval_steps", "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "train_sampling_strategy", "label_smoothing_factor", "neftune_noise_alpha"]
 
 
 @dataclass
@@ -56,7 +51,9 @@ class PipelineArguments:
     preference_config: str | None = field(
         default=None, metadata={"help": "YAML of the preference extraction; default: key phrases."}
     )
-    index_config: str | None = field(default=None, metadata={"help": "YAML of the user indexing; default: its defaults."})
+    index_config: str | None = field(
+        default=None, metadata={"help": "YAML of the user indexing; default: its defaults."}
+    )
     ablations: list[str] = field(
         default_factory=list,
         metadata={
@@ -68,7 +65,9 @@ class PipelineArguments:
     validation_users: int = field(
         default=0, metadata={"help": "Users whose validation chooses the best model while tuning; 0 = all."}
     )
-    save_merged: bool = field(default=False, metadata={"help": "Also write model/merged, the adapter merged into its base."})
+    save_merged: bool = field(
+        default=False, metadata={"help": "Also write model/merged, the adapter merged into its base."}
+    )
     save_base: bool | None = field(
         default=None,
         metadata={"help": "Write model/base, the base with user tokens. Default: yes for a folder, no for a hub id."},
@@ -173,7 +172,9 @@ def write_task_stage(settings: Settings, folder: Path, user_index: UserIndex, to
     from .data.tasks import write_tasks
 
     tables = task_tables(settings)
-    inputs = {stage: stage_fingerprint(settings.folder / stage) for stage in ("data", "retriever", "preferences", "index")}
+    inputs = {
+        stage: stage_fingerprint(settings.folder / stage) for stage in ("data", "retriever", "preferences", "index")
+    }
     inputs["tokenizer"] = hash_value(tokenizer.backend_tokenizer.to_str())
     if settings.tasks.prompt_templates:
         inputs["prompt_templates"] = hash_file(settings.tasks.prompt_templates)
@@ -181,7 +182,9 @@ def write_task_stage(settings: Settings, folder: Path, user_index: UserIndex, to
         folder,
         {name: value for name, value in asdict(settings.tasks).items() if name != "prompt_templates"},
         inputs,
-        lambda partial: write_tasks(settings.tasks, user_index=user_index, tokenizer=tokenizer, folder=partial, **tables),
+        lambda partial: write_tasks(
+            settings.tasks, user_index=user_index, tokenizer=tokenizer, folder=partial, **tables
+        ),
         overwrite=settings.pipeline.overwrite,
     )
 
@@ -219,8 +222,11 @@ def _tune(settings: Settings, system: str, folder: Path, tasks: Path) -> None:
     training, model = settings.training, settings.model
     index_only = system == RANKER and "index_only" in settings.pipeline.ablations
     chosen = {name: getattr(training, name, None) for name in TUNING_SETTINGS}
-    chosen |= {name: value for name, value in model.to_dict().items() if name != "model_name_or_path"}
-    chosen |= {name: getattr(settings.pipeline, name) for name in ("validation_users", "save_merged", "save_base", "save_user_map")}
+    chosen |= {name: value for name, value in asdict(model).items() if name != "model_name_or_path"}
+    chosen |= {
+        name: getattr(settings.pipeline, name)
+        for name in ("validation_users", "save_merged", "save_base", "save_user_map")
+    }
     chosen |= {"model": model.model_name_or_path, "system": system, "index_only": index_only}
     processes = training.world_size * training.gradient_accumulation_steps
     chosen["batch_size"] = training.per_device_train_batch_size * processes
@@ -254,7 +260,12 @@ def _build_model(settings: Settings, system: str, folder: Path, tasks: Path, ind
         extended = folder / modeling.BASE
         if is_main and not (extended / "tokenizer_config.json").is_file():  # written last
             modeling.extend_base(
-                base, tokenizer, extended, training.seed, dtype=settings.model.dtype, revision=settings.model.model_revision
+                base,
+                tokenizer,
+                extended,
+                training.seed,
+                dtype=settings.model.dtype,
+                revision=settings.model.model_revision,
             )
         wait()
         base = str(extended)
@@ -292,9 +303,15 @@ def _build_model(settings: Settings, system: str, folder: Path, tasks: Path, ind
             **task_tables(settings),
         )
         predictions += [_predictions(trainer, INDEX_ONLY, split, _without_history(renderer, split)) for split in SPLITS]
-    state = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled else None
+    state = (
+        trainer.accelerator.get_state_dict(trainer.model)
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        else None
+    )
     if is_main:
-        write_json(folder / "training.json", {"system": system, "best_metric": trainer.state.best_metric, "history": history})
+        write_json(
+            folder / "training.json", {"system": system, "best_metric": trainer.state.best_metric, "history": history}
+        )
         write_table(folder / "predictions.parquet", pa.concat_tables(predictions))
         if system == RANKER:
             modeling.publish_model(
@@ -370,7 +387,9 @@ def _predictions(trainer: "ULMRecTrainer", system: str, split: str, rows: "Datas
             "system": pa.repeat(system, len(rows)),
             "split": pa.repeat(split, len(rows)),
             "user": pa.array(rows["user"], pa.int32()),
-            "scores": pa.array([row[:count] for row, count in zip(scores, counts, strict=True)], pa.list_(pa.float32())),
+            "scores": pa.array(
+                [row[:count] for row, count in zip(scores, counts, strict=True)], pa.list_(pa.float32())
+            ),
             "label": pa.array(rows["label"], pa.int8()),
         }
     )
@@ -388,7 +407,11 @@ def write_report(settings: Settings) -> str:
 
     folder = settings.folder
     stages = ["retriever", "index", "data/tasks", "model"]
-    stages += [f"ablations/{name}" + ("/model" if name == "placebo" else "") for name in ABLATIONS if name != "index_only" and name in settings.pipeline.ablations]
+    stages += [
+        f"ablations/{name}" + ("/model" if name == "placebo" else "")
+        for name in ABLATIONS
+        if name != "index_only" and name in settings.pipeline.ablations
+    ]
     predictions = {}
     for stage in stages[3:]:
         table = pq.read_table(folder / stage / "predictions.parquet")
@@ -410,7 +433,9 @@ def write_report(settings: Settings) -> str:
             rows = ranks.filter((pa.compute.field("system") == system) & (pa.compute.field("split") == split))
             report.add(system, split, _top_k_ranks(rows["rank"], settings.tasks.num_candidates), order="own")
         rows = candidates.filter(pa.compute.field("split") == split).sort_by("user")
-        report.add("retriever", split, _top_k_ranks(rows["target_rank"], settings.tasks.num_candidates), order="retriever")
+        report.add(
+            "retriever", split, _top_k_ranks(rows["target_rank"], settings.tasks.num_candidates), order="retriever"
+        )
         for (system, its_split), rows in predictions.items():
             if its_split == split:
                 report.add(system, split, _ranks(rows), order=order)

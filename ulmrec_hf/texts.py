@@ -83,7 +83,10 @@ def read_user_texts(data_folder: str | os.PathLike, kind: str = "auto", *, train
 
 def _reviews(interactions: pa.Table) -> pa.Array:
     """Summary and review joined by a space; null where both are empty."""
-    parts = [pc.utf8_trim_whitespace(pc.fill_null(interactions[name].cast(pa.string()), "")) for name in ("summary", "review")]
+    parts = [
+        pc.utf8_trim_whitespace(pc.fill_null(interactions[name].cast(pa.string()), ""))
+        for name in ("summary", "review")
+    ]
     joined = pc.utf8_trim_whitespace(pc.binary_join_element_wise(*parts, " ")).combine_chunks()
     return pc.if_else(pc.equal(joined, ""), pa.scalar(None, pa.string()), joined)
 

@@ -1,5 +1,6 @@
 """Tuning a causal language model as a ranker: transformers' Trainer, evaluated by the letters' logits."""
 
+import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -29,12 +30,16 @@ class ULMRecTrainingArguments(TrainingArguments):
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of the adapter (or the model)."})
     user_token_learning_rate: float | None = field(
         default=None,
-        metadata={"help": "Peak learning rate of the user tokens' rows, which start from nothing; default: learning_rate."},
+        metadata={
+            "help": "Peak learning rate of the user tokens' rows, which start from nothing; default: learning_rate."
+        },
     )
     num_train_epochs: float = field(default=1.0, metadata={"help": "How often the mixture is gone through."})
     eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: no, steps or epoch."})
     eval_steps: float | None = field(default=100, metadata={"help": "Evaluate every so many steps."})
-    save_strategy: str = field(default="steps", metadata={"help": "When to write a checkpoint: no, steps, epoch, best."})
+    save_strategy: str = field(
+        default="steps", metadata={"help": "When to write a checkpoint: no, steps, epoch, best."}
+    )
     save_steps: float = field(default=100, metadata={"help": "Write a checkpoint every so many steps."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept while tuning."})
     load_best_model_at_end: bool = field(default=True, metadata={"help": "Keep the model that did best in validation."})
@@ -45,8 +50,20 @@ class ULMRecTrainingArguments(TrainingArguments):
     )
     logging_steps: float = field(default=10, metadata={"help": "Log the loss every so many steps."})
     report_to: None | str | list[str] = field(default="none", metadata={"help": "Experiment tracker, such as wandb."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay false: the collator needs them all."})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Must stay false: the collator needs them all."}
+    )
     ddp_timeout: int = field(default=86_400, metadata={"help": "Seconds that a process waits for the others."})
+
+
+def check_processes(args: TrainingArguments) -> None:
+    """Raises ValueError where a launcher started several processes that do not know of each other."""
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != args.world_size:
+        raise ValueError(
+            f"The launcher started {launched} processes, but each believes that it is one of {args.world_size}: on CPUs pass "
+            "--use_cpu true."
+        )
 
 
 def ranking_metrics_of(prediction: EvalPrediction) -> dict[str, float]:
@@ -159,4 +176,3 @@ class ULMRecTrainer(Trainer):
             self.model.save_pretrained(directory, state_dict=state_dict, save_embedding_layers=False)
         else:
             super()._save(output_dir, state_dict)
-

@@ -167,7 +167,7 @@ def test_rating_row(rows, tables):
     items = _items(tables, 3)
     row = _only(rows, "rating", "train", 3)
     position = len(items) - 4  # the older of the two newest train positions
-    past = "\n".join(f"- thing {item}: {item % 5 + 1}" for item in items[position - 4 : position])
+    past = "\n".join(f"- thing {item}: {item % 5 + 1}" for item in items[max(0, position - 4) : position])
     assert row["prompt"] == (
         "### Task:\nHow will this user rate the last item, from 1 to 5?\n"
         "### User:\n<a_0><b_3><c_3><d_7>\n"

@@ -44,7 +44,9 @@ def test_collisions_are_settled_at_the_least_total_distance():
     assert cost[range(3), assigned].sum() == pytest.approx(best)
 
 
-@pytest.mark.parametrize(("users", "levels", "size"), [(1, 4, 256), (1000, 4, 32), (257, 2, 256), (64, 2, 8), (8, 1, 8)])
+@pytest.mark.parametrize(
+    ("users", "levels", "size"), [(1, 4, 256), (1000, 4, 32), (257, 2, 256), (64, 2, 8), (8, 1, 8)]
+)
 def test_all_users_identical(users, levels, size):
     codes = assign_unique(np.ones((users, 4), np.float32), make_codebooks(levels, size))
     check_unique(codes, users, levels, size)

@@ -3,14 +3,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from tests.retrieval.world import item_ids, make_lists
 from ulmrec_hf.retrieval.base import Sequences
 from ulmrec_hf.retrieval.candidates import split_positions, target_ranks, write_candidates
 from ulmrec_hf.retrieval.item_knn import ItemKNNRetriever
 from ulmrec_hf.retrieval.lrurec import LRURecConfig, LRURecModel
 from ulmrec_hf.retrieval.popularity import PopularityRetriever
 from ulmrec_hf.retrieval.ranking import ranks_of, seen_places, top_items
-
-from .conftest import item_ids, make_lists
 
 
 def rows_of(path):
@@ -70,7 +69,7 @@ def test_split_positions():
 
 def test_a_training_row_reads_only_its_past(lrurec, tmp_path):
     lists = make_lists(20)
-    planted = [items[:-3] + [29, 30, 28] for items in lists]
+    planted = [[*items[:-3], 29, 30, 28] for items in lists]
     tables = []
     for name, variant in (("a", lists), ("b", planted)):
         sequences = Sequences.from_lists(variant, item_ids())

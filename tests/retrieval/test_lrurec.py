@@ -81,5 +81,7 @@ def test_loads_by_the_auto_classes(tmp_path):
     assert isinstance(AutoConfig.from_pretrained(tmp_path), LRURecConfig)
     loaded = AutoModel.from_pretrained(tmp_path).eval()
     assert isinstance(loaded, LRURecModel)
+    assert all(torch.equal(loaded.state_dict()[name], weight) for name, weight in model.state_dict().items())
     ids = torch.tensor([[1, 2, 3]])
-    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    # the loaded weights lie in memory at other alignments, which changes the last bit of sums
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits, atol=1e-6, rtol=1e-6)

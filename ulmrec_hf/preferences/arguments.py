@@ -27,8 +27,8 @@ class PreferenceArguments:
     evidence: str = field(
         default="train",
         metadata={
-            "help": "train: only the train part before the target. all: every interaction, the test target included, as the "
-            "paper did; such results are leaky and are reported as such."
+            "help": "train: only the train part before the target. all: every interaction, the test target included, "
+            "as the paper did; such results are leaky and are reported as such."
         },
     )
 

@@ -64,7 +64,9 @@ def extract_preferences(
     return run_stage(Path(output_dir) / "preferences", asdict(args), inputs, build, overwrite=overwrite)
 
 
-def _write(path: Path, args: PreferenceArguments, extractor: PreferenceExtractor, train: UserTexts, shown: UserTexts) -> None:
+def _write(
+    path: Path, args: PreferenceArguments, extractor: PreferenceExtractor, train: UserTexts, shown: UserTexts
+) -> None:
     empty = 0
     rows = _rows(train, args.train_positions)
     with atomic_path(path) as partial, pq.ParquetWriter(partial, SCHEMA, compression="zstd") as writer:

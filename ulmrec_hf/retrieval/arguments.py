@@ -28,7 +28,8 @@ class RetrieverArguments:
         default=0.6, metadata={"help": "item_knn: weight of a history item for each step back from the newest."}
     )
     knn_popularity_exponent: float = field(
-        default=0.3, metadata={"help": "item_knn: co-occurrence is divided by the neighbour's train count to this power."}
+        default=0.3,
+        metadata={"help": "item_knn: each history item's weights are divided by its train count to this power."},
     )
 
     hidden_size: int = field(default=64, metadata={"help": "Neural retrievers: width of embeddings and layers."})

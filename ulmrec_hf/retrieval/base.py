@@ -73,7 +73,9 @@ class Sequences:
         table = pq.read_table(folder / "sequences.parquet", columns=["user", "items"]).combine_chunks()
         for column, first, file in ((catalogue["item"], 1, "items"), (table["user"], 0, "sequences")):
             if not np.array_equal(column.to_numpy(), np.arange(first, first + len(column))):
-                raise ValueError(f"{folder / file}.parquet: {file[:-1]} ids must be {first}, {first + 1}, ... in order.")
+                raise ValueError(
+                    f"{folder / file}.parquet: {file[:-1]} ids must be {first}, {first + 1}, ... in order."
+                )
         lists = pa.chunked_array(table["items"]).combine_chunks()
         offsets = np.concatenate([[0], np.cumsum(lists.value_lengths().to_numpy(), dtype=np.int64)])
         return cls(
@@ -145,8 +147,8 @@ class Retriever:
         """Scores every item as the next one of each history.
 
         Args:
-            histories: dense item ids in time order, oldest first; a history may be empty. Ids that the catalogue does not
-                have are skipped with a warning, and of the rest the newest `max_history` are read.
+            histories: dense item ids in time order, oldest first; a history may be empty. Ids that the catalogue does
+                not have are skipped with a warning, and of the rest the newest `max_history` are read.
 
         Returns:
             float32 [batch, num_items + 1], higher is better, on the retriever's device; column 0 (padding) is -inf.

@@ -12,7 +12,6 @@ import torch
 from tqdm.auto import tqdm
 
 from ..files import atomic_path
-
 from .base import Retriever, Sequences
 from .ranking import hide, ranks_of, seen_places, top_items
 
@@ -74,9 +73,9 @@ def retrieve(
         description: what the progress bar says.
 
     Yields:
-        For each block, in the order of `rows`: `users`, `positions`, `targets` and `ranks` (int64 [block]; rank 1 = best
-        of the whole catalogue without the history, 0 = the target is in the history), `items` (int64 [block, k]) and `scores`
-        (float32 [block, k], descending, -inf where the catalogue has no more items).
+        For each block, in the order of `rows`: `users`, `positions`, `targets` and `ranks` (int64 [block]; rank 1 =
+        best of the whole catalogue without the history, 0 = the target is in the history), `items` (int64 [block, k])
+        and `scores` (float32 [block, k], descending, -inf where the catalogue has no more items).
 
     Raises:
         ValueError: the retriever belongs to another catalogue, or its scores are NaN.
@@ -135,8 +134,8 @@ def write_candidates(
         train_positions: how many of the newest train positions of each user; 0 = all.
 
     Returns:
-        The path. Columns: user, split, position, items (the best first, no item of the history), scores, target, and target_rank
-        in the whole catalogue without the history (1 = best; 0 = the target is in the history).
+        The path. Columns: user, split, position, items (the best first, no item of the history), scores, target, and
+        target_rank in the whole catalogue without the history (1 = best; 0 = the target is in the history).
 
     Raises:
         ValueError: k below 1, a retriever of another catalogue, or scores that are NaN.

@@ -20,7 +20,8 @@ class ItemKNNConfig(RetrieverConfig):
         window: items at most this many steps apart are neighbours.
         backward_weight: weight of the earlier item of a pair as the neighbour of the later one; forward weighs 1.
         recency: weight of a history item for each step back from the newest, in (0, 1].
-        popularity_exponent: co-occurrence is divided by the neighbour's train count to this power.
+        popularity_exponent: what a history item leads to is divided by its train count to this power, since an item
+            that everybody has tells little.
     """
 
     model_type = "item_knn"
@@ -35,8 +36,8 @@ class ItemKNNRetriever(CountingRetriever):
     """Scores item j after the history h_1..h_n by sum_i recency^(n - i) * W[h_i, j].
 
     W[i, j] sums 1 / distance over the pairs where j follows i within the window in a train sequence, plus
-    backward_weight / distance where j comes before i, divided by count(j)^popularity_exponent. Items that no history item
-    leads to follow in the order of their popularity.
+    backward_weight / distance where j comes before i, divided by count(i)^popularity_exponent. Items that no history
+    item leads to follow in the order of their popularity.
     """
 
     config_class = ItemKNNConfig
@@ -60,7 +61,7 @@ class ItemKNNRetriever(CountingRetriever):
         counts = train.counts()
         follows = _sum_pairs(train, config.window)
         weights = (follows + config.backward_weight * follows.T).tocsr()
-        weights.data /= np.maximum(counts, 1)[weights.indices] ** config.popularity_exponent
+        weights.data /= np.repeat(np.maximum(counts, 1) ** config.popularity_exponent, np.diff(weights.indptr))
         weights.sort_indices()
         arrays = {
             "counts": counts,

@@ -26,9 +26,9 @@ class LRURecConfig(NeuralRetrieverConfig):
 class LinearRecurrentUnit(nn.Module):
     """h_t = lambda * h_{t-1} + gamma * (B x_t + b), y_t = Re(C h_t), with a complex diagonal lambda.
 
-    The state has 2 * hidden_size complex numbers. Real and imaginary parts are kept apart: B and C act on real inputs and
-    give real outputs, so that both are real matrix products. lambda = exp(-exp(nu) + i exp(theta)) stays inside
-    the unit circle whatever nu is.
+    The state has 2 * hidden_size complex numbers. Real and imaginary parts are kept apart: B acts on real inputs and C
+    gives real outputs, so that both are real matrix products. lambda = exp(-exp(nu) + i exp(theta)) stays inside the
+    unit circle whatever nu is.
     """
 
     def __init__(self, config: LRURecConfig):

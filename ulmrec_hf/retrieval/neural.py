@@ -47,8 +47,8 @@ class RetrieverOutput(ModelOutput):
 class NeuralRetriever(Retriever, PreTrainedModel):
     """The base of the neural retrievers; a subclass sets `config_class` and implements `encode`.
 
-    Rows are padded on the right with item 0. The output is tied: the logit of item j is its embedding times the hidden state,
-    plus a bias for each item.
+    Rows are padded on the right with item 0. The output is tied: the logit of item j is its embedding times the hidden
+    state, plus a bias for each item.
     """
 
     config_class = NeuralRetrieverConfig

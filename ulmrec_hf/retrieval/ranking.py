@@ -1,4 +1,4 @@
-"""Top-k and ranks over the whole catalogue from one batch of scores, under one rule for ties: the lower item id first."""
+"""Top-k and ranks over the whole catalogue from a batch of scores; of tied items the lower id comes first."""
 
 from collections.abc import Sequence
 
@@ -49,7 +49,7 @@ def top_items(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]
         k: how many; fewer come back from a smaller catalogue.
 
     Returns:
-        Items int64 [batch, k] and their scores float32 [batch, k]; a score of -inf means that the row has no more items.
+        Items int64 [batch, k] and their scores float32 [batch, k]; a score of -inf says that the row has no more items.
     """
     k = min(k, scores.shape[1] - 1)
     values, items = scores.topk(k + 1)

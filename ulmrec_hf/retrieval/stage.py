@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from transformers import set_seed
 
 from ..files import write_json, write_table
 from ..stages import run_stage, stage_fingerprint
-
 from .arguments import RetrieverArguments
 from .base import Retriever, Sequences
 from .candidates import target_ranks, write_candidates
@@ -30,10 +30,10 @@ def train_retriever(
 ) -> Path:
     """Runs the stage `output_dir/retriever` and returns its folder.
 
-    The folder holds the chosen retriever (config.json, model.safetensors), `candidates.parquet` (see `write_candidates`),
-    `ranks.parquet` (user, split, system, rank; 0 = unreachable) of popularity, item_knn and the chosen one on validation and test,
-    and `training.json` with loss and validation metrics for each epoch. Whatever is fitted sees the train parts alone;
-    validation targets choose the epoch, and test targets are only ranked.
+    The folder holds the chosen retriever (config.json, model.safetensors), `candidates.parquet` (see
+    `write_candidates`), `ranks.parquet` (user, split, system, rank; 0 = unreachable) of popularity, item_knn and the
+    chosen one on validation and test, and `training.json` with loss and validation metrics for each epoch. Whatever is
+    fitted sees the train parts alone; validation targets choose the epoch, and test targets are only ranked.
 
     Args:
         args: the settings.
@@ -62,7 +62,7 @@ def train_retriever(
                     tables.append(_rank_table(name, split, *target_ranks(baseline, sequences, split)))
         own = pq.read_table(candidates, columns=["user", "split", "target_rank"])
         for split in ("validation", "test"):
-            rows = own.filter(pa.compute.equal(own["split"], split))
+            rows = own.filter(pc.equal(own["split"], split))
             tables.append(_rank_table(args.retriever, split, rows["user"].to_numpy(), rows["target_rank"].to_numpy()))
         write_table(folder / "ranks.parquet", pa.concat_tables(tables))
 

@@ -12,7 +12,6 @@ from transformers import EarlyStoppingCallback, EvalPrediction, Trainer, Trainin
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from ..metrics import ranking_metrics
-
 from .arguments import RetrieverArguments
 from .base import Sequences
 from .neural import NeuralRetriever, pad_right
@@ -67,8 +66,9 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """Pads training or validation rows to the longest of the batch.
 
     Returns:
-        `input_ids`, int64 [batch, longest]; for training `labels` of the same shape, 0 where there is none; for validation
-        `target`, int64 [batch], and `seen`, int64 [seen items, 2], the places (row, item) that are not ranked.
+        `input_ids`, int64 [batch, longest]; for training `labels` of the same shape, 0 where there is none; for
+        validation `target`, int64 [batch], and `seen`, int64 [seen items, 2], the places (row, item) that are not
+        ranked.
     """
     batch = {"input_ids": pad_right([row["input_ids"] for row in rows])}
     if "labels" in rows[0]:

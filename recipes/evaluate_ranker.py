@@ -1,0 +1,60 @@
+"""Scores a tuned model on its tasks again, on any number of processes.
+
+accelerate launch recipes/evaluate_ranker.py --model output/quickstart/model --tasks output/quickstart/data/tasks
+"""
+
+from dataclasses import dataclass, field
+
+from trl import TrlParser
+
+from ulmrec_hf.cli import run_script
+from ulmrec_hf.trainer import ULMRecTrainingArguments, check_processes
+
+
+@dataclass
+class EvaluationArguments:
+    """What to score."""
+
+    model: str = field(metadata={"help": "The folder model/ of a run."})
+    tasks: str = field(metadata={"help": "The folder data/tasks of a run."})
+    split: str = field(default="test", metadata={"help": "Which rows of next_item.", "choices": ["validation", "test"]})
+    base: str | None = field(
+        default=None, metadata={"help": "Hub id or folder of the base, instead of the one that the adapter names."}
+    )
+
+
+def make_parser() -> TrlParser:
+    """The parser of this script's settings, our own first."""
+    return TrlParser([EvaluationArguments, ULMRecTrainingArguments], description=__doc__)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Writes report files to --output_dir and prints the metrics."""
+    args, training = make_parser().parse_args_and_config(args=argv)
+    check_processes(training)
+
+    from datasets import load_dataset
+
+    from ulmrec_hf.metrics import MISS, random_order_metrics, ranks_from_scores
+    from ulmrec_hf.modeling import load_published
+    from ulmrec_hf.report import Report
+    from ulmrec_hf.trainer import ULMRecTrainer
+    from ulmrec_hf.verbalizer import LetterVerbalizer
+
+    rows = load_dataset(args.tasks, "next_item", split=args.split)
+    counts = [len(candidates) for candidates in rows["candidates"]]
+    model, tokenizer = load_published(args.model, args.base)
+    verbalizer = LetterVerbalizer(tokenizer, rows[0]["prompt"], max(counts))
+    trainer = ULMRecTrainer(model, training, processing_class=tokenizer, verbalizer=verbalizer)
+    scores = trainer.rank(rows)
+    if training.process_index == 0:
+        labels = rows.with_format("numpy")["label"][:]
+        report = Report({args.split: labels != MISS}, max(counts))
+        report.add("random", args.split, random_order_metrics(counts, labels), order="random")
+        report.add("ulmrec", args.split, ranks_from_scores(scores, labels), order="given")
+        print(report.summary(report.write(training.output_dir), args.split))
+        print(f"\nReport: {training.output_dir}")
+
+
+if __name__ == "__main__":
+    run_script(main)

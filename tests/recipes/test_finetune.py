@@ -1,0 +1,303 @@
+"""The main job: what a run leaves, that it goes on after a kill, and what it refuses."""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from tests.small_run import ROOT, SMALL, environment, launch
+from ulmrec_hf.data.synthetic import synthetic_interactions
+
+FINETUNE = str(ROOT / "recipes" / "finetune.py")
+ONE_SYSTEM = ["--ablations", "index_only", "--save_merged", "false"]
+
+
+def load_recipe(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "recipes" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def read_json(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_a_run_leaves_every_stage_and_no_path_of_this_machine(run_folder):
+    for name in ("data", "retriever", "preferences", "index", "model", "report"):
+        assert (run_folder / name / "stage.json").is_file(), name
+    for name in ("adapter", "base", "merged", "user_index.parquet", "items.parquet", "ranker.json"):
+        assert (run_folder / "model" / name).exists(), name
+    assert not list(run_folder.rglob("*.partial")) and not list(run_folder.rglob("checkpoint-*"))
+    assert not [path for path in run_folder.rglob("*") if path.suffix in (".pt", ".pth", ".bin", ".pkl")]
+    for path in [*run_folder.rglob("*.json"), *run_folder.rglob("*.md")]:
+        assert str(run_folder.parent) not in path.read_text(encoding="utf-8"), path
+
+
+def test_the_report_has_every_system_in_both_scopes(run_folder):
+    rows = read_json(run_folder / "report" / "metrics.json")
+    systems = "random popularity item_knn lrurec retriever ulmrec ulmrec_no_index ulmrec_index_only ulmrec_placebo"
+    assert {row["system"] for row in rows} == set(systems.split())
+    users = pq.read_table(run_folder / "data" / "sequences.parquet").num_rows
+    for row in rows:
+        assert row["scope"] != "overall" or row["users"] == users
+        for name in ("recall@5", "recall@10", "ndcg@5", "ndcg@10", "mrr@5", "mrr@10"):
+            assert row[f"{name}_low"] - 1e-6 <= row[name] <= row[f"{name}_high"] + 1e-6
+    by_key = {(row["system"], row["split"], row["scope"]): row for row in rows}
+    for split in ("validation", "test"):  # the retriever is LRURec: its own order is LRURec's
+        assert by_key["lrurec", split, "overall"]["ndcg@10"] == by_key["retriever", split, "overall"]["ndcg@10"]
+    comparisons = read_json(run_folder / "report" / "comparisons.json")
+    pairs = {(row["a"], row["b"]) for row in comparisons}
+    assert {("ulmrec", "retriever"), ("ulmrec", "ulmrec_no_index"), ("ulmrec_placebo", "ulmrec_no_index")} <= pairs
+    for name in ("metrics.png", "training.png", "code_use.png"):
+        assert (run_folder / "report" / name).read_bytes().startswith(b"\x89PNG")
+    assert "ulmrec_index_only" in (run_folder / "stdout.txt").read_text(encoding="utf-8")
+
+
+def test_every_evaluation_row_is_scored(run_folder):
+    users = pq.read_table(run_folder / "data" / "sequences.parquet").num_rows
+    table = pq.read_table(run_folder / "model" / "predictions.parquet").to_pandas()
+    for (_, _), rows in table.groupby(["system", "split"]):
+        assert sorted(rows["user"]) == list(range(users))
+        assert all(np.isfinite(scores).all() for scores in rows["scores"])
+    assert (table["label"] == -1).any()  # misses are scored too
+
+
+def test_the_run_without_an_index_saw_no_user_token(run_folder, small_settings, monkeypatch):
+    from ulmrec_hf.data.tasks import strip_user_tokens
+
+    tasks = pq.read_table(next((run_folder / "data" / "tasks" / "mixture").glob("train-*.parquet"))).to_pylist()
+    token = re.compile(r"<[a-z]_\d+>")
+    assert any(token.search(row["prompt"]) for row in tasks)
+    assert not any(token.search(strip_user_tokens(row[name])) for row in tasks for name in ("prompt", "completion"))
+
+
+def test_the_same_command_runs_nothing_again_and_other_settings_are_refused(run_folder, small_settings):
+    before = {path: path.stat().st_mtime_ns for path in (run_folder / "model").rglob("*")}
+    finetune = load_recipe("finetune")
+    finetune.main(["--config", str(small_settings), "--output_dir", str(run_folder), *SMALL])
+    assert {path: path.stat().st_mtime_ns for path in (run_folder / "model").rglob("*")} == before
+    with pytest.raises(ValueError, match=r"learning_rate was 0.002, is 0.5.*--overwrite"):
+        finetune.tune(
+            finetune.parse(
+                ["--config", str(small_settings), "--output_dir", str(run_folder), *SMALL, "--learning_rate", "0.5"]
+            )
+        )
+    with pytest.raises(ValueError, match=r"synthetic_seed was 0, is 1"):
+        finetune.prepare_stages(
+            finetune.parse(
+                ["--config", str(small_settings), "--output_dir", str(run_folder), *SMALL, "--synthetic_seed", "1"]
+            )
+        )
+
+
+def test_a_killed_tuning_goes_on_and_ends_with_the_same_metrics(prepared, small_settings, tmp_path):
+    steps = ["--max_steps", "12", *ONE_SYSTEM]
+    unbroken = tmp_path / "unbroken"
+    shutil.copytree(prepared, unbroken)
+    argv = ["--config", str(small_settings), *SMALL, *steps, "--output_dir"]
+    done = launch([FINETUNE, *argv, str(unbroken)])
+    assert done.returncode == 0, done.stderr[-4000:]
+
+    process = subprocess.Popen(
+        [sys.executable, FINETUNE, *argv, str(prepared)],
+        env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    begun = prepared / "model.partial" / "checkpoints" / "checkpoint-3" / "trainer_state.json"
+    deadline = time.monotonic() + 300
+    while not begun.is_file() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert begun.is_file() and not (prepared / "model").exists()
+
+    done = launch([FINETUNE, *argv, str(prepared)])
+    assert done.returncode == 0, done.stderr[-4000:]
+    for name in ("metrics.json", "comparisons.json"):
+        assert (prepared / "report" / name).read_bytes() == (unbroken / "report" / name).read_bytes()
+    weights = "adapter/adapter_model.safetensors"
+    assert (prepared / "model" / weights).read_bytes() == (unbroken / "model" / weights).read_bytes()
+
+
+def test_two_processes_measure_what_one_measures(run_folder, tmp_path):
+    script = str(ROOT / "recipes" / "evaluate_ranker.py")
+    argv = ["--model", str(run_folder / "model"), "--tasks", str(run_folder / "data" / "tasks"), "--use_cpu", "true"]
+    argv += ["--per_device_eval_batch_size", "7"]  # does not divide the users: nobody may count twice
+    cpu_2 = str(ROOT / "recipes" / "accelerate" / "cpu_2.yaml")
+    done = launch([script, *argv, "--output_dir", str(tmp_path / "one")])
+    assert done.returncode == 0, done.stderr[-4000:]
+    launcher = ("-m", "accelerate.commands.launch", "--config_file", cpu_2)
+    done = launch([script, *argv, "--output_dir", str(tmp_path / "two")], launcher=launcher)
+    assert done.returncode == 0, done.stderr[-4000:]
+    one, two = (read_json(tmp_path / name / "metrics.json") for name in ("one", "two"))
+    users = pq.read_table(run_folder / "data" / "sequences.parquet").num_rows
+    assert {row["users"] for row in one if row["scope"] == "overall"} == {users}
+    assert one == two
+    done = launch([script, *argv[:-4], "--output_dir", str(tmp_path / "lost")], launcher=launcher)
+    assert done.returncode != 0 and "--use_cpu" in done.stderr
+
+
+def write_world(folder, swapped: int):
+    """The toy world as Parquet; the newest `swapped` interactions of every user are another user's."""
+    interactions, items = synthetic_interactions(120, 0)
+    table = interactions.to_pandas()
+    place = table.groupby("user_id").cumcount(ascending=False)
+    rng = np.random.default_rng(1)
+    what = ["item_id", "rating", "summary", "review"]
+    for newest in range(swapped):
+        rows = np.flatnonzero(place == newest)
+        owned = table.groupby("user_id")["item_id"].agg(set)
+        while True:  # a permutation after which nobody has an item twice
+            given = rng.permutation(rows)
+            clash = [table["item_id"][g] in owned[table["user_id"][r]] for r, g in zip(rows, given, strict=True)]
+            if np.mean(clash) < 0.05:
+                break
+        kept = [g if not bad else r for r, g, bad in zip(rows, given, clash, strict=True)]
+        table.loc[rows, what] = table.loc[kept, what].to_numpy()
+    folder.mkdir()
+    table.to_parquet(folder / "interactions.parquet")
+    pq.write_table(items, folder / "items.parquet")
+    return table
+
+
+@pytest.mark.parametrize("swapped", [1, 2])
+def test_held_out_interactions_change_nothing_that_is_trained(swapped, small_settings, tmp_path):
+    """1: other test interactions, model selection on. 2: other validation and test ones, fixed steps, no selection."""
+    selection = []
+    if swapped == 2:
+        selection = ["--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false"]
+        stages = yaml.safe_load(small_settings.read_text(encoding="utf-8"))
+        retriever = tmp_path / "retriever.yaml"
+        retriever.write_text(yaml.safe_dump({"hidden_size": 16, "epochs": 2, "patience": 0}), encoding="utf-8")
+        stages["retriever_config"] = str(retriever)
+        small_settings = tmp_path / "config.yaml"
+        small_settings.write_text(yaml.safe_dump(stages), encoding="utf-8")
+    worlds = {}
+    for name, count in (("given", 0), ("other", swapped)):
+        worlds[name] = write_world(tmp_path / f"{name}_world", count)
+        argv = [
+            FINETUNE,
+            "--config",
+            str(small_settings),
+            "--output_dir",
+            str(tmp_path / name),
+            *SMALL[4:],
+            *ONE_SYSTEM,
+        ]
+        argv += ["--data_format", "parquet", "--k_core", "0", *selection]
+        argv += ["--interactions", str(tmp_path / f"{name}_world" / "interactions.parquet")]
+        argv += ["--items", str(tmp_path / f"{name}_world" / "items.parquet")]
+        done = launch(argv)
+        assert done.returncode == 0, done.stderr[-4000:]
+    assert (worlds["given"]["item_id"] != worlds["other"]["item_id"]).sum() > 60 * swapped
+    given, other = tmp_path / "given", tmp_path / "other"
+    assert (given / "data" / "items.parquet").read_bytes() == (other / "data" / "items.parquet").read_bytes()
+    trained = [
+        "retriever/model.safetensors",
+        "preferences/preferences.parquet",
+        "index/user_index.parquet",
+        "index/indexer/model.safetensors",
+        "data/tasks/mixture/train-00000-of-00001.parquet",
+        "model/base/model.safetensors",
+        "model/adapter/adapter_model.safetensors",
+    ]
+    for name in trained:
+        assert (given / name).read_bytes() == (other / name).read_bytes(), name
+    test_rows = "data/tasks/next_item/test-00000-of-00001.parquet"
+    assert (given / test_rows).read_bytes() != (other / test_rows).read_bytes()
+
+
+BAD_SETTINGS = [
+    (["--num_candidates", "60"], "num_candidates is 60"),
+    (["--num_candidates", "30"], "raise it in retriever_config"),
+    (["--ablations", "nothing"], "ablations holds nothing"),
+    (["--interactions", "x.json"], "data_format is 'synthetic'"),
+    (["--data_format", "amazon", "--interactions", "missing.json.gz"], "missing.json.gz"),
+    (["--model_name_or_path", "no/such_model"], "no/such_model"),
+    (["--retriever_config", "no.yaml"], "no.yaml does not exist"),
+    (["--k_core", "99"], "k_core"),
+]
+
+
+@pytest.mark.parametrize(("argv", "text"), BAD_SETTINGS)
+def test_bad_settings_are_told_and_nothing_is_half_written(argv, text, small_settings, tmp_path):
+    finetune = load_recipe("finetune")
+    with pytest.raises(ValueError, match=re.escape(text)):
+        finetune.prepare_stages(
+            finetune.parse(["--config", str(small_settings), "--output_dir", str(tmp_path / "run"), *argv])
+        )
+    left = [path for path in (tmp_path / "run").rglob("*") if path.is_file()] if (tmp_path / "run").exists() else []
+    assert left == []
+
+
+def test_an_unknown_key_is_an_error(small_settings, tmp_path):
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text(small_settings.read_text(encoding="utf-8") + "\nlerning_rate: 1\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="lerning_rate"):
+        load_recipe("finetune").parse(["--config", str(wrong)])
+    stage = tmp_path / "stage.yaml"
+    stage.write_text("epoch: 3\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"stage.yaml: unknown settings epoch"):
+        load_recipe("finetune").parse(["--config", str(small_settings), "--retriever_config", str(stage)])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_config_is_read_by_its_script(path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    folder = path.parent.name
+    if folder == "configs":
+        argv = ["--config", str(path), "--bf16", "false", "--use_cpu", "true"]
+        if yaml.safe_load(path.read_text(encoding="utf-8")).get("data_format", "synthetic") != "synthetic":
+            argv += ["--interactions", "reviews.json.gz"]
+        settings = load_recipe("finetune").parse(argv)
+        assert settings.model.model_name_or_path
+    elif folder == "quickstart":
+        argv = ["--config", str(ROOT / "recipes" / "configs" / "quickstart.yaml"), f"--{path.stem}_config", str(path)]
+        argv = [item.replace("preferences_config", "preference_config") for item in argv]
+        assert load_recipe("finetune").parse(argv)
+    else:
+        recipe = {"retrieval": "train_retriever", "indexing": "index_users"}[folder]
+        assert load_recipe(recipe).make_parser().parse_args_and_config(args=["--config", str(path)])
+
+
+def test_help_shows_our_settings_first(capsys):
+    with pytest.raises(SystemExit):
+        load_recipe("finetune").make_parser().parse_args_and_config(args=["--help"])
+    text = capsys.readouterr().out
+    assert text.index("--data_format") < text.index("--lora_r") and "toy world" in text
+
+
+@pytest.mark.data
+def test_raw_amazon_files_become_a_model(shared, small_settings, tmp_path):
+    folder = shared / "data" / "amazon_gift_cards_2018"
+    argv = [FINETUNE, "--config", str(ROOT / "recipes" / "configs" / "gift_cards.yaml")]
+    argv += ["--interactions", str(folder / "Gift_Cards_5.json.gz"), "--items", str(folder / "meta_Gift_Cards.json.gz")]
+    argv += [
+        "--output_dir",
+        str(tmp_path / "run"),
+        "--max_steps",
+        "2",
+        "--eval_strategy",
+        "no",
+        "--save_strategy",
+        "no",
+    ]
+    argv += ["--load_best_model_at_end", "false", "--disable_tqdm", "true", *ONE_SYSTEM]
+    argv += ["--retriever_config", str(small_settings.parent / "retriever_config.yaml"), "--num_candidates", "5"]
+    argv += ["--index_config", str(small_settings.parent / "index_config.yaml"), "--train_positions", "1"]
+    done = launch(argv)
+    assert done.returncode == 0, done.stderr[-4000:]
+    summary = read_json(tmp_path / "run" / "data" / "summary.json")
+    assert (summary["users"], summary["items"], summary["interactions"]) == (453, 147, 2941)
+    rows = read_json(tmp_path / "run" / "report" / "metrics.json")
+    assert {row["users"] for row in rows if row["scope"] == "overall"} == {453}
