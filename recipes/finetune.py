@@ -2,8 +2,8 @@
 
     accelerate launch recipes/finetune.py --config recipes/configs/quickstart.yaml
 
-Each stage writes its folder under --output_dir: data/, retriever/, preferences/, index/, model/, report/. The same command
-goes on where it was stopped; what is up to date is not run again.
+Each stage writes its folder under --output_dir: data/, retriever/, preferences/, index/, model/, report/. The same
+command goes on where it was stopped; what is up to date is not run again.
 """
 
 import os
@@ -101,9 +101,8 @@ def main(argv: list[str] | None = None) -> None:
     if settings.training.process_index == 0:
         print(write_report(settings))
         folder = settings.folder
-        print(
-            f"\nModel:  {folder / 'model'}\nReport: {folder / 'report' / 'report.md'}\nTasks:  {folder / 'data' / 'tasks'}"
-        )
+        print(f"\nModel:  {folder / 'model'}\nReport: {folder / 'report' / 'report.md'}")
+        print(f"Tasks:  {folder / 'data' / 'tasks'}")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(folder: str | os.PathLike) -> Iterator[Path]:
-    """Yields `<folder>.partial` to fill; it takes the place of `folder` when the block ends well, else it is removed."""
+    """Yields `<folder>.partial` to fill; it becomes `folder` when the block ends well, else it is removed."""
     folder = Path(folder)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .files import hash_file, hash_value, write_json, write_table
+from .files import atomic_folder, hash_file, hash_value, write_json, write_table
 from .metrics import MISS, random_order_metrics, ranks_from_scores
 from .stages import run_stage, stage_fingerprint
 from .user_index import UserIndex
@@ -36,7 +37,35 @@ RANKER, NO_INDEX, INDEX_ONLY, PLACEBO = "ulmrec", "ulmrec_no_index", "ulmrec_ind
 ABLATIONS = ("no_index", "index_only", "placebo")
 SPLITS = ("validation", "test")
 # Settings that decide what a tuned model is; the others (logging, workers, devices) may differ when a run goes on.
-TUNING_SETTINGS = ["learning_rate", "user_token_learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "warmup_steps", "lr_scheduler_type", "lr_scheduler_kwargs", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "optim", "seed", "data_seed", "bf16", "fp16", "eval_strategy", "eval_steps", "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "train_sampling_strategy", "label_smoothing_factor", "neftune_noise_alpha"]
+TUNING_SETTINGS = (
+    "learning_rate",
+    "user_token_learning_rate",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "warmup_steps",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "optim",
+    "seed",
+    "data_seed",
+    "bf16",
+    "fp16",
+    "eval_strategy",
+    "eval_steps",
+    "load_best_model_at_end",
+    "metric_for_best_model",
+    "greater_is_better",
+    "train_sampling_strategy",
+    "label_smoothing_factor",
+    "neftune_noise_alpha",
+)
 
 
 @dataclass
@@ -109,8 +138,8 @@ class Settings(NamedTuple):
         """Raises ValueError where settings of different stages do not fit together, before anything is run."""
         if self.retriever.num_candidates < self.tasks.num_candidates:
             raise ValueError(
-                f"num_candidates is {self.tasks.num_candidates}, but the retriever brings {self.retriever.num_candidates}: "
-                "raise it in retriever_config."
+                f"num_candidates is {self.tasks.num_candidates}, but the retriever brings "
+                f"{self.retriever.num_candidates}: raise it in retriever_config."
             )
         if not self.model.model_name_or_path:
             raise ValueError(
@@ -228,9 +257,10 @@ def _tune(settings: Settings, system: str, folder: Path, tasks: Path) -> None:
         for name in ("validation_users", "save_merged", "save_base", "save_user_map")
     }
     chosen |= {"model": model.model_name_or_path, "system": system, "index_only": index_only}
-    processes = training.world_size * training.gradient_accumulation_steps
-    chosen["batch_size"] = training.per_device_train_batch_size * processes
-    del chosen["per_device_train_batch_size"], chosen["gradient_accumulation_steps"]
+    # what counts is the rows of a step, however many processes share them
+    chosen["batch_size"] = training.world_size * math.prod(
+        chosen.pop(name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")
+    )
     run_stage(
         folder,
         chosen,
@@ -258,28 +288,25 @@ def _build_model(settings: Settings, system: str, folder: Path, tasks: Path, ind
         base = str(settings.folder / "model" / modeling.BASE)
     elif base_saved:
         extended = folder / modeling.BASE
-        if is_main and not (extended / "tokenizer_config.json").is_file():  # written last
-            modeling.extend_base(
-                base,
-                tokenizer,
-                extended,
-                training.seed,
-                dtype=settings.model.dtype,
-                revision=settings.model.model_revision,
-            )
+        if is_main and not extended.is_dir():
+            revision = settings.model.model_revision
+            with atomic_folder(extended) as partial:
+                modeling.extend_base(
+                    base, tokenizer, partial, training.seed, dtype=settings.model.dtype, revision=revision
+                )
         wait()
         base = str(extended)
 
-    rows: dict[str, Dataset] = {
-        split: _load_rows(tasks / ("mixture" if split == "train" else "next_item"), split, folder / "cache")
-        for split in ("train", *SPLITS)
-    }
-    if system == NO_INDEX:
-        for split, dataset in rows.items():
-            rows[split] = dataset.map(
-                lambda row: {name: strip_user_tokens(row[name]) for name in ("prompt", "completion")},
-                desc="Removing user tokens",
-            )
+    rows: dict[str, Dataset] = {}
+    with training.main_process_first(desc="loading the tasks"):  # the others read its cache
+        for split in ("train", *SPLITS):
+            config = "mixture" if split == "train" else "next_item"
+            rows[split] = _load_rows(tasks / config, split, folder / "cache")
+            if system == NO_INDEX:
+                rows[split] = rows[split].map(
+                    lambda row: {name: strip_user_tokens(row[name]) for name in ("prompt", "completion")},
+                    desc="Removing user tokens",
+                )
     set_seed(training.seed)
     model = modeling.load_base(base, settings.model, tokenizer, seed=training.seed)
     model = modeling.add_adapter(model, settings.model, tokenizer, seed=training.seed)
@@ -452,10 +479,9 @@ def write_report(settings: Settings) -> str:
         )
         if a in systems and b in systems | {"retriever", "random"}
     ]
-    result = {}
 
     def build(partial: Path) -> None:
-        result["rows"] = report.write(partial, pairs)
+        report.write(partial, pairs)
         runs = {}
         for stage in stages[3:]:
             record = json.loads((folder / stage / "training.json").read_text(encoding="utf-8"))
@@ -492,12 +518,13 @@ def _protocol(settings: Settings) -> Sequence[str]:
         + (
             "What describes a user (index, preference, ratings shown) comes from the train part alone."
             if evidence == "train"
-            else "Preferences were written from all interactions, the test target's review included: these results leak."
+            else "Preferences come from all interactions, the test target's review included: these results leak."
         ),
         f"Candidates: the top {settings.tasks.num_candidates} of {settings.retriever.retriever}; a target that is not "
         "among them is a miss for every system that ranks them. Popularity and item_knn are scored on their own top.",
-        f"Evaluation order of the candidates: {settings.tasks.evaluation_order}. Equal scores share the mean of their places.",
+        f"Evaluation order of the candidates: {settings.tasks.evaluation_order}. Equal scores share the mean of their "
+        "places.",
         "random: the exact expectation over all orders of the candidates.",
-        "The retriever's weights come from the whole train part, the training candidates of a position from the history "
-        "before it.",
+        "The retriever's weights come from the whole train part, the training candidates of a position from the "
+        "history before it.",
     ]

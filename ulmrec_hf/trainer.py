@@ -49,7 +49,7 @@ class ULMRecTrainingArguments(TrainingArguments):
         default="group_by_length", metadata={"help": "How batches are made; group_by_length pads least."}
     )
     logging_steps: float = field(default=10, metadata={"help": "Log the loss every so many steps."})
-    report_to: None | str | list[str] = field(default="none", metadata={"help": "Experiment tracker, such as wandb."})
+    report_to: str | list[str] | None = field(default="none", metadata={"help": "Experiment tracker, such as wandb."})
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay false: the collator needs them all."}
     )
@@ -61,8 +61,8 @@ def check_processes(args: TrainingArguments) -> None:
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != args.world_size:
         raise ValueError(
-            f"The launcher started {launched} processes, but each believes that it is one of {args.world_size}: on CPUs pass "
-            "--use_cpu true."
+            f"The launcher started {launched} processes, but each believes that it is one of {args.world_size}: "
+            "on CPUs pass --use_cpu true."
         )
 
 

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from tests.small_run import ROOT, SMALL, environment, launch
+from tests.tiny_llama import make_base
 from ulmrec_hf.data.synthetic import synthetic_interactions
 
 FINETUNE = str(ROOT / "recipes" / "finetune.py")
@@ -275,6 +276,24 @@ def test_help_shows_our_settings_first(capsys):
         load_recipe("finetune").make_parser().parse_args_and_config(args=["--help"])
     text = capsys.readouterr().out
     assert text.index("--data_format") < text.index("--lora_r") and "toy world" in text
+
+
+@pytest.mark.parametrize("name", ["paper_beauty", "paper_games"])
+def test_the_paper_s_settings_tune_a_tiny_model_in_4_bits(name, prepared, small_settings, tmp_path):
+    base = make_base(tmp_path / "llama", tied=False, positions=4096)
+    argv = [FINETUNE, "--config", str(ROOT / "recipes" / "configs" / f"{name}.yaml"), *SMALL, *ONE_SYSTEM]
+    argv += ["--data_format", "synthetic", "--model_name_or_path", str(base), "--output_dir", str(tmp_path / "run")]
+    argv += ["--retriever_config", str(small_settings.parent / "retriever_config.yaml")]
+    argv += ["--index_config", str(small_settings.parent / "index_config.yaml")]
+    argv += ["--max_steps", "1", "--eval_steps", "1", "--save_steps", "1", "--per_device_train_batch_size", "2"]
+    argv += ["--dtype", "float32", "--bf16", "false", "--use_cpu", "true", "--validation_users", "8"]
+    done = launch(argv)
+    assert done.returncode == 0, done.stderr[-4000:]
+    adapter = read_json(tmp_path / "run" / "model" / "adapter" / "adapter_config.json")
+    assert (adapter["r"], adapter["lora_alpha"], sorted(adapter["target_modules"])) == (8, 32, ["q_proj", "v_proj"])
+    assert sorted(adapter["trainable_token_indices"]) == ["embed_tokens", "lm_head"]
+    history = read_json(tmp_path / "run" / "model" / "training.json")["history"]
+    assert any("eval_ndcg@10" in entry for entry in history)
 
 
 @pytest.mark.data

@@ -1,9 +1,10 @@
 """The toy world: users with a hidden taste, items whose titles show it, reviews that tell of it in plain English.
 
-A purchase follows two laws. The *sequence* law picks what kind of thing comes next (a tent, then a lantern), the *taste*
-law which variant of it (an ocean theme, a cheap make). Young customers follow the crowd: their variants say little of
-their taste, but their reviews tell it all the same. Later purchases, the held-out ones among them, follow taste. So two
-users with the same history go on to choose differently, and what they wrote, hence the user index, is what can tell.
+A purchase follows two laws. The *sequence* law picks what kind of thing comes next (a tent, then a lantern), the
+*taste* law which variant of it (an ocean theme, a cheap make). Young customers follow the crowd: their variants say
+little of their taste, but their reviews tell it all the same. Later purchases, the held-out ones among them, follow
+taste. So two users with the same history go on to choose differently, and what they wrote, hence the user index, is
+what can tell.
 The taste itself is in no column.
 """
 
@@ -79,8 +80,8 @@ def synthetic_interactions(
         world: the laws; the defaults suit 1,000 users.
 
     Returns:
-        Interactions (user_id str, item_id str, timestamp int64 seconds, rating float32, summary str, review str), users in
-        ascending order and each in time order, and items (item_id str, title str: `<make> <theme> <kind>`).
+        Interactions (user_id str, item_id str, timestamp int64 seconds, rating float32, summary str, review str), users
+        in ascending order and each in time order, and items (item_id str, title str: `<make> <theme> <kind>`).
 
     Raises:
         ValueError: `num_users` is below 1.
