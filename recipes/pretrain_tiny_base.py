@@ -28,12 +28,13 @@ from transformers import (
 from trl import TrlParser
 
 from ulmrec_hf.data import synthetic as toy
-from ulmrec_hf.data.prompts import LETTERS, NONE, PromptTemplates, render_candidates, render_history
+from ulmrec_hf.data.prompts import LETTERS, NONE, PromptTemplates, render_history
 from ulmrec_hf.files import atomic_folder
 
 IGNORED = -100
-THEMES, MAKES = list(toy.THEMES), list(toy.MAKES)
-WORDS = [word for table in (toy.THEMES, toy.MAKES) for words in table.values() for word in words] + list(toy.KINDS)
+MOST = 20  # candidates of the longest lists
+STYLES = list(toy.STYLES)
+WORDS = [word for words in toy.STYLES.values() for word in words] + list(toy.KINDS)
 TEMPLATES = PromptTemplates.from_yaml()
 Segments = list[tuple[str, bool]]  # pieces of text, and whether they carry loss
 
@@ -53,7 +54,7 @@ class TinyBaseArguments:
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """A Unigram tokenizer over whole words, single characters and bytes; spaces belong to the word that follows."""
-    words = {word for group in (toy.THEMES, toy.MAKES) for words in group.values() for word in words} | set(toy.KINDS)
+    words = set(WORDS)
     sentences = (*toy.TASTE_SENTENCES, *toy.LIKED_SENTENCES, *toy.DISLIKED_SENTENCES)
     sentences += (*toy.LIKED_SUMMARIES, *toy.DISLIKED_SUMMARIES, NONE)
     fields = dict.fromkeys(("user", "history", "candidates", "preference", "letter", "rating"), "")
@@ -95,9 +96,10 @@ TEMPLATES_TASKS = (
 
 # Lessons in order: what they teach, with how many candidates, and the share right that leads to the next one.
 LESSONS = (
-    *(("word", count, 0.9) for count in range(4, 21, 2)),
-    *(("copy", count, 0.85) for count in (4, 8, 12, 16, 20)),
-    *(("choose", count, 0.8) for count in (4, 8, 12, 16, 20)),
+    ("first_word", 4, 0.9),
+    *(("word", count, 0.85) for count in (4, 8, 14, MOST)),
+    *(("copy", count, 0.8) for count in (8, 14, MOST)),
+    *(("choose", count, 0.75) for count in (8, 14, MOST)),
 )
 
 
@@ -119,12 +121,12 @@ class Exercises(IterableDataset):
                 exercise = describe
             elif name == "choose" and draw < 0.16:
                 exercise = look_up
-            elif name != "word" and draw < 0.2:
+            elif name in ("copy", "choose") and draw < 0.2:
                 exercise = word if name == "copy" else copy
             else:
-                exercise = {"word": word, "copy": copy, "choose": choose}[name]
+                exercise = {"first_word": first_word, "word": word, "copy": copy, "choose": choose}[name]
             for _ in range(self.batch_size):  # a batch of one kind pads little
-                yield self.tokenized(exercise(rng, rng.randint(max(2, count - 4), count)))
+                yield self.tokenized(exercise(rng, count if count == 4 else rng.randint(count - 4, count)))
 
     def tokenized(self, segments: Segments) -> dict[str, list[int]]:
         input_ids, labels = [], []
@@ -135,109 +137,99 @@ class Exercises(IterableDataset):
         return {"input_ids": input_ids, "labels": labels}
 
 
-def title(make: str, theme: str, kind: str) -> str:
-    return f"{make} {theme} {kind}"
-
-
-def random_titles(rng: random.Random, count: int) -> list[tuple[str, str, str]]:
-    """Distinct (make, theme, kind), most of one or two kinds, as a retriever would bring them."""
+def random_titles(rng: random.Random, count: int) -> list[tuple[str, str]]:
+    """Distinct (style, kind), most of one or two kinds, as a retriever would bring them."""
     kinds = rng.sample(toy.KINDS, rng.choice((1, 1, 2, 3, 6)))
-    found: dict[tuple[str, str, str], None] = {}
+    found: dict[tuple[str, str], None] = {}
     while len(found) < count:
         kind = kinds[0] if rng.random() < 0.6 else rng.choice(kinds)
-        if rng.random() < 0.15 or len(found) > 16:
+        if rng.random() < 0.15 or len(found) > 12:
             kind = rng.choice(toy.KINDS)
-        found[rng.choice(MAKES), rng.choice(THEMES), kind] = None
+        found[rng.choice(STYLES), kind] = None
     titles = list(found)
     rng.shuffle(titles)
     return titles
 
 
-def words_of(rng: random.Random, theme: str | None, make: str | None, most: int = 2) -> list[str]:
-    words = []
-    for name, table in ((theme, toy.THEMES), (make, toy.MAKES)):
-        if name is not None:
-            words += rng.sample(table[name], rng.randint(1, most))
-    rng.shuffle(words)
-    return words
+def lines(titles: list[tuple[str, str]]) -> list[str]:
+    return [" ".join(words) for words in titles]
 
 
-def single_out(rng: random.Random, titles: list[tuple[str, str, str]], index: int) -> list[str]:
-    """The words of one title, or fewer of them where those fit no other title."""
-    make, theme, kind = titles[index]
-    fewer = [[make, theme], [theme, kind], [make, kind], [theme], [make], [kind]]
-    rng.shuffle(fewer)
-    if rng.random() < 0.5:
-        for words in fewer:
-            if sum(set(words) <= set(other) for other in titles) == 1:
-                return words
-    return [make, theme, kind]
+def lettered(rng: random.Random, titles: list[str], pool: str = LETTERS[:MOST]) -> tuple[str, list[str]]:
+    """Candidate lines and their letters; in short lists any of the pool, so that none is new in a longer list."""
+    letters = sorted(rng.sample(pool, len(titles)), key=LETTERS.index)
+    return "\n".join(f"{letter}. {title}" for letter, title in zip(letters, titles, strict=True)), letters
+
+
+def single_out(rng: random.Random, titles: list[tuple[str, str]], index: int) -> list[str]:
+    """The words of one title, or one of them where it fits no other title."""
+    style, kind = titles[index]
+    for word in rng.sample((style, kind), 2):
+        if rng.random() < 0.7 and sum(word in other for other in titles) == 1:
+            return [word]
+    return [style, kind]
 
 
 def look_up(rng: random.Random, count: int) -> Segments:
     """A list of candidates, then the letters of many of its lines."""
     titles = random_titles(rng, count)
-    segments: Segments = [
-        ("### Candidates:\n" + render_candidates([title(*t) for t in titles]) + "\n### Answer:", False)
-    ]
+    candidates, letters = lettered(rng, lines(titles))
+    segments: Segments = [(f"### Candidates:\n{candidates}\n### Answer:", False)]
     for index in rng.sample(range(count), min(count, 12)):
-        segments += [("\n- " + " ".join(single_out(rng, titles, index)) + ":", False), (LETTERS[index], True)]
+        segments += [("\n- " + " ".join(single_out(rng, titles, index)) + ":", False), (letters[index], True)]
     return segments
 
 
-def word(rng: random.Random, count: int) -> Segments:
+def word(rng: random.Random, count: int, pool: str = LETTERS[:MOST]) -> Segments:
     """One word, a list of single words, and the letter of the line that holds it: what a letter is, and no more."""
     words = rng.sample(WORDS, count)
     index = rng.randrange(count)
-    prompt = f"### User:\n- {words[index]}\n### Candidates:\n{render_candidates(words)}\n### Answer:\n"
-    return [(prompt, False), (LETTERS[index], True)]
+    candidates, letters = lettered(rng, words, pool)
+    prompt = f"### User:\n- {words[index]}\n### Candidates:\n{candidates}\n### Answer:\n"
+    return [(prompt, False), (letters[index], True)]
+
+
+def first_word(rng: random.Random, count: int) -> Segments:
+    """The same with as few letters as lines: where to look is found soonest when little can be answered."""
+    return word(rng, count, LETTERS[:count])
 
 
 def copy(rng: random.Random, count: int) -> Segments:
     """Words, a list of candidates, and the letter of the one line that holds the words."""
     titles = random_titles(rng, count)
     index = rng.randrange(count)
+    candidates, letters = lettered(rng, lines(titles))
     header = rng.choice(("### User:\n", "### Preference:\n"))
-    prompt = header + " ".join(single_out(rng, titles, index)) + "\n### Candidates:\n"
+    prompt = f"{header} {' '.join(single_out(rng, titles, index))}\n### Candidates:\n"
     return [
-        (prompt + render_candidates([title(*t) for t in titles]) + "\n### Answer:\n", False),
-        (LETTERS[index], True),
+        (f"{prompt}{candidates}\n### Answer:\n", False),
+        (letters[index], True),
     ]
 
 
 def choose(rng: random.Random, count: int) -> Segments:
-    """A prompt of the ranking tasks in which taste words, the history or both single out a candidate."""
+    """A prompt of the ranking tasks in which words of taste, the history or both single out a candidate."""
     while True:
-        segments = _choose(rng, count)
-        if segments is not None:
-            return segments
-
-
-def _choose(rng: random.Random, count: int) -> Segments | None:
-    titles = random_titles(rng, count)
-    theme = rng.choice(THEMES) if rng.random() < 0.8 else None
-    make = rng.choice(MAKES) if rng.random() < 0.8 else None
-    last = rng.choice(titles)[2] if rng.random() < 0.5 else rng.choice(toy.KINDS)
-    last = next(kind for kind, following in toy.NEXT_KIND.items() if following == last)
-    history = random_titles(rng, rng.randint(1, 9))[:-1] if rng.random() < 0.75 else None
-    if history is not None:
-        history.append((rng.choice(MAKES), rng.choice(THEMES), last))
-
-    def utility(candidate: tuple[str, str, str]) -> float:
-        follows = history is not None and candidate[2] == toy.NEXT_KIND[last]
-        return 3.0 * (candidate[1] == theme) + 2.0 * (candidate[0] == make) + 2.5 * follows
-
-    values = [utility(candidate) for candidate in titles]
-    if values.count(max(values)) > 1:
-        return None
+        titles = random_titles(rng, count)
+        style = rng.choice(titles)[0] if rng.random() < 0.85 else None
+        following = rng.choice(titles)[1] if style is None or rng.random() < 0.6 else None
+        values = [3.0 * (title[0] == style) + 2.0 * (title[1] == following) for title in titles]
+        if values.count(max(values)) == 1:
+            break
+    history = None
+    if following is not None:
+        last = next(kind for kind, next_kind in toy.NEXT_KIND.items() if next_kind == following)
+        history = lines([*random_titles(rng, rng.randint(0, 8)), (rng.choice(STYLES), last)])
+    words = [] if style is None else rng.sample(toy.STYLES[style], rng.randint(1, 3))
     target = values.index(max(values))
-    words = words_of(rng, theme, make)
+    candidates, letters = lettered(rng, lines(titles))
     fields = {
-        "candidates": render_candidates([title(*t) for t in titles]),
-        "letter": LETTERS[target],
-        "history": render_history([title(*t) for t in history or []]),
-        "user": " ".join(words),
-        "preference": ", ".join(words),
+        "candidates": candidates,
+        "letter": letters[target],
+        "history": render_history(history or []),
+        # after a space a word is the token that titles have; a preference comes without one, so both are met
+        "user": " " + " ".join(words),
+        "preference": rng.choice(("", " ")) + ", ".join(words),
     }
     prompt, answer = TEMPLATES.render("next_item" if history or rng.random() < 0.5 else "intent_next_item", **fields)
     return [(prompt, False), (answer, True)]
@@ -245,17 +237,15 @@ def _choose(rng: random.Random, count: int) -> Segments | None:
 
 def describe(rng: random.Random, count: int) -> Segments:
     """The description tasks: say a user's words in other words, or rate an item by them."""
-    theme, make = rng.choice(THEMES), rng.choice(MAKES)
-    words, others = words_of(rng, theme, make, 3), words_of(rng, theme, make, 3)
-    last = (rng.choice((make, rng.choice(MAKES))), rng.choice((theme, rng.choice(THEMES))), rng.choice(toy.KINDS))
-    history = [title(*t) for t in random_titles(rng, rng.randint(1, 6))] + [title(*last)]
-    ratings = [str(rng.randint(2, 5)) for _ in history[:-1]] + ["?"]
-    rating = min(5, 2 + 2 * (last[1] == theme) + (last[0] == make) + rng.randint(0, 1))
+    style = rng.choice(STYLES)
+    words, others = (rng.sample(toy.STYLES[style], rng.randint(1, 3)) for _ in range(2))
+    last = (rng.choice((style, rng.choice(STYLES))), rng.choice(toy.KINDS))
+    history = lines([*random_titles(rng, rng.randint(1, 6)), last])
     fields = {
-        "user": " ".join(words),
+        "user": " " + " ".join(words),
         "preference": ", ".join(others),
-        "history": render_history(history, ratings),
-        "rating": str(rating),
+        "history": render_history(history, [*(str(rng.randint(2, 5)) for _ in history[:-1]), "?"]),
+        "rating": str((4 if last[0] == style else 2) + rng.randint(0, 1)),
     }
     prompt, answer = TEMPLATES.render(rng.choice(("index_to_preference", "preference_to_index", "rating")), **fields)
     return [(prompt, False), (answer, True), ("</s>", True)]
@@ -263,14 +253,11 @@ def describe(rng: random.Random, count: int) -> Segments:
 
 def review_text(rng: random.Random, count: int) -> Segments:
     """Running text of the toy language."""
-    sentences = []
-    for _ in range(2):
-        theme, make, kind = rng.choice(THEMES), rng.choice(MAKES), rng.choice(toy.KINDS)
-        sentences.append(rng.choice(toy.LIKED_SENTENCES + toy.DISLIKED_SENTENCES).format(kind=kind))
-        taste = rng.choice(toy.TASTE_SENTENCES)
-        sentences.append(taste.format(theme=rng.choice(toy.THEMES[theme]), make=rng.choice(toy.MAKES[make])))
-        sentences.append(f"After a {kind} comes a {toy.NEXT_KIND[kind]}.")
-    return [("<s>", False), (" ".join(sentences), True), ("</s>", True)]
+    style, kind = rng.choice(STYLES), rng.choice(toy.KINDS)
+    remark = rng.choice(toy.LIKED_SENTENCES + toy.DISLIKED_SENTENCES).format(kind=kind)
+    taste = rng.choice(toy.TASTE_SENTENCES).format(style=rng.choice(toy.STYLES[style]))
+    text = f"{remark} {taste} After a {kind} comes a {toy.NEXT_KIND[kind]}."
+    return [("<s>", False), (text, True), ("</s>", True)]
 
 
 class LessonTrainer(Trainer):
@@ -292,6 +279,7 @@ class LessonTrainer(Trainer):
             if self.share_right > LESSONS[exercises.lesson][2] and exercises.lesson + 1 < len(LESSONS):
                 exercises.lesson += 1
                 self.share_right = 0.0
+                print(f"step {self.state.global_step}: lesson {LESSONS[exercises.lesson][:2]}", flush=True)
         # every exercise weighs the same, whether its answer is one letter or a text
         answers = carries_loss.sum(1, keepdim=True).expand_as(labels)[carries_loss]
         loss = (losses / answers).sum() / len(labels)

@@ -1,7 +1,7 @@
 """The toy world: users with a hidden taste, items whose titles show it, reviews that tell of it in plain English.
 
 A purchase follows two laws. The *sequence* law picks what kind of thing comes next (a tent, then a lantern), the
-*taste* law which variant of it (an ocean theme, a cheap make). Young customers follow the crowd: their variants say
+*taste* law which style of it (an ocean one, a budget one). Young customers follow the crowd: what they buy says
 little of their taste, but their reviews tell it all the same. Later purchases, the held-out ones among them, follow
 taste. So two users with the same history go on to choose differently, and what they wrote, hence the user index, is
 what can tell.
@@ -13,8 +13,16 @@ import dataclasses
 import numpy as np
 import pyarrow as pa
 
-# What a theme or a make is called in a title, and the words a reviewer uses for it.
-THEMES = {
+# What a style is called in a title, and the words a reviewer uses for it: prices, qualities, themes.
+STYLES = {
+    "budget": ("budget", "cheap", "bargain"),
+    "premium": ("premium", "luxury", "elegant"),
+    "rugged": ("rugged", "sturdy", "durable"),
+    "compact": ("compact", "small", "portable"),
+    "handmade": ("handmade", "artisan", "crafted"),
+    "organic": ("organic", "natural", "sustainable"),
+    "neon": ("neon", "bright", "colorful"),
+    "plain": ("plain", "simple", "minimal"),
     "ocean": ("ocean", "waves", "seaside"),
     "forest": ("forest", "woodland", "trees"),
     "desert": ("desert", "dunes", "sand"),
@@ -23,12 +31,6 @@ THEMES = {
     "retro": ("retro", "vintage", "nostalgic"),
     "animal": ("animal", "pets", "wildlife"),
     "music": ("music", "melodies", "songs"),
-}
-MAKES = {
-    "budget": ("budget", "cheap", "bargain"),
-    "premium": ("premium", "luxury", "elegant"),
-    "rugged": ("rugged", "sturdy", "durable"),
-    "compact": ("compact", "small", "portable"),
 }
 # Kinds in the order in which they are bought; the last leads back to the first.
 ACTIVITIES = {
@@ -43,11 +45,11 @@ KINDS = tuple(kind for kinds in ACTIVITIES.values() for kind in kinds)
 NEXT_KIND = {kind: kinds[(place + 1) % len(kinds)] for kinds in ACTIVITIES.values() for place, kind in enumerate(kinds)}
 
 TASTE_SENTENCES = (
-    "I love {theme} things and always look for {make} ones.",
-    "For me it has to be {make}, and {theme} makes me happy.",
-    "My home is full of {theme} and I prefer {make} items.",
-    "Anything with {theme} wins me over, best when it is {make}.",
-    "I care about {theme} most, then that it is {make}.",
+    "I love {style} things and always look for them.",
+    "For me it has to be {style}, nothing else will do.",
+    "My home is full of {style} and I want more.",
+    "Anything {style} wins me over.",
+    "I care about {style} most.",
 )
 LIKED_SENTENCES = ("This {kind} is just right.", "Very happy with this {kind}.", "A great {kind}, would buy again.")
 DISLIKED_SENTENCES = ("This {kind} is not for me.", "The {kind} is okay but not my style.", "I gave this {kind} away.")
@@ -59,13 +61,12 @@ DISLIKED_SUMMARIES = ("Not for me", "Okay", "Not my style")
 class ToyWorld:
     """The laws of the toy world; weights are in log-odds."""
 
-    variants_per_kind: int = 16
+    styles_per_kind: int = 15  # of the 16 styles, how many each kind of thing comes in
     min_purchases: int = 7
     max_purchases: int = 11
     own_taste_purchases: int = 3  # the newest purchases, which follow taste; the ones before follow the crowd
-    theme_weight: float = 3.0
-    make_weight: float = 2.0
-    crowd_weight: float = 0.5  # spread of the variants' popularity
+    taste_weight: float = 4.0
+    crowd_weight: float = 0.5  # spread of the items' popularity
     next_kind_probability: float = 0.75  # otherwise any kind
 
 
@@ -81,7 +82,7 @@ def synthetic_interactions(
 
     Returns:
         Interactions (user_id str, item_id str, timestamp int64 seconds, rating float32, summary str, review str), users
-        in ascending order and each in time order, and items (item_id str, title str: `<make> <theme> <kind>`).
+        in ascending order and each in time order, and items (item_id str, title str: `<style> <kind>`).
 
     Raises:
         ValueError: `num_users` is below 1.
@@ -90,29 +91,22 @@ def synthetic_interactions(
         raise ValueError(f"synthetic_users is {num_users}; the toy world needs at least 1 user.")
     world = world or ToyWorld()
     rng = np.random.default_rng(seed)
-    themes, makes = list(THEMES), list(MAKES)
-    # the catalogue: for every kind, some of all (theme, make) variants, some of them more popular than others
-    variants = np.stack(
-        [rng.permutation(len(themes) * len(makes))[: world.variants_per_kind] for _ in KINDS]
-    )  # [kinds, variants]
-    variant_themes, variant_makes = np.divmod(variants, len(makes))
-    popularity = rng.normal(0.0, world.crowd_weight, variants.shape)
-    item_ids = [[f"item-{kind}-{variant:02d}" for variant in range(world.variants_per_kind)] for kind in KINDS]
+    styles = list(STYLES)
+    # the catalogue: every kind comes in most of the styles, some of them more popular than others
+    offered = np.stack([np.sort(rng.permutation(len(styles))[: world.styles_per_kind]) for _ in KINDS])
+    popularity = rng.normal(0.0, world.crowd_weight, offered.shape)
+    item_ids = [[f"item-{kind}-{place:02d}" for place in range(offered.shape[1])] for kind in KINDS]
     items = pa.table(
         {
             "item_id": [item_id for row in item_ids for item_id in row],
-            "title": [
-                f"{makes[variant_makes[kind, variant]]} {themes[variant_themes[kind, variant]]} {KINDS[kind]}"
-                for kind in range(len(KINDS))
-                for variant in range(world.variants_per_kind)
-            ],
+            "title": [f"{styles[style]} {kind}" for kind, row in zip(KINDS, offered, strict=True) for style in row],
         }
     )
     successor = np.array([KINDS.index(NEXT_KIND[kind]) for kind in KINDS])
     columns: dict[str, list] = {name: [] for name in ("user_id", "item_id", "timestamp", "rating", "summary", "review")}
     width = len(str(num_users - 1))
     for user in range(num_users):
-        taste_theme, taste_make = int(rng.integers(len(themes))), int(rng.integers(len(makes)))
+        taste = int(rng.integers(len(styles)))
         purchases = int(rng.integers(world.min_purchases, world.max_purchases + 1))
         kind = int(rng.integers(len(KINDS)))
         time = 1_600_000_000 + int(rng.integers(30_000_000))
@@ -121,28 +115,26 @@ def synthetic_interactions(
             if purchase:
                 follows = rng.random() < world.next_kind_probability
                 kind = int(successor[kind]) if follows else int(rng.integers(len(KINDS)))
-            likes_theme, likes_make = variant_themes[kind] == taste_theme, variant_makes[kind] == taste_make
             utility = popularity[kind].copy()
             if purchase >= purchases - world.own_taste_purchases:
-                utility += world.theme_weight * likes_theme + world.make_weight * likes_make
-            utility[[variant for other, variant in bought if other == kind]] = -np.inf  # nobody buys the same twice
+                utility += world.taste_weight * (offered[kind] == taste)
+            utility[[place for other, place in bought if other == kind]] = -np.inf  # nobody buys the same twice
             weights = np.exp(utility - utility.max())
-            variant = int(rng.choice(len(weights), p=weights / weights.sum()))
-            bought.add((kind, variant))
+            place = int(rng.choice(len(weights), p=weights / weights.sum()))
+            bought.add((kind, place))
             time += int(rng.integers(86_400, 30 * 86_400))
-            match = int(likes_theme[variant]) + int(likes_make[variant])
-            rating = min(5, 2 + match + int(rng.random() < 0.5) + int(likes_theme[variant]))
-            liked = rating >= 4
-            taste = TASTE_SENTENCES[rng.integers(len(TASTE_SENTENCES))].format(
-                theme=THEMES[themes[taste_theme]][rng.integers(3)], make=MAKES[makes[taste_make]][rng.integers(3)]
+            liked = bool(offered[kind, place] == taste) or rng.random() < 0.2
+            summaries, remarks = (
+                (LIKED_SUMMARIES, LIKED_SENTENCES) if liked else (DISLIKED_SUMMARIES, DISLIKED_SENTENCES)
             )
-            remark = (LIKED_SENTENCES if liked else DISLIKED_SENTENCES)[rng.integers(3)].format(kind=KINDS[kind])
+            words = STYLES[styles[taste]]
+            sentence = TASTE_SENTENCES[rng.integers(len(TASTE_SENTENCES))].format(style=words[rng.integers(len(words))])
             columns["user_id"].append(f"user-{user:0{width}d}")
-            columns["item_id"].append(item_ids[kind][variant])
+            columns["item_id"].append(item_ids[kind][place])
             columns["timestamp"].append(time)
-            columns["rating"].append(float(rating))
-            columns["summary"].append((LIKED_SUMMARIES if liked else DISLIKED_SUMMARIES)[rng.integers(3)])
-            columns["review"].append(f"{remark} {taste}")
+            columns["rating"].append(float((4 if liked else 2) + rng.integers(2)))
+            columns["summary"].append(summaries[rng.integers(len(summaries))])
+            columns["review"].append(f"{remarks[rng.integers(len(remarks))].format(kind=KINDS[kind])} {sentence}")
     interactions = pa.table(columns).cast(
         pa.schema(
             [
