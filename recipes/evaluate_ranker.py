@@ -32,6 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     """Writes report files to --output_dir and prints the metrics."""
     args, training = make_parser().parse_args_and_config(args=argv)
     check_processes(training)
+    training.eval_strategy, training.load_best_model_at_end = "no", False  # nothing is tuned
 
     from datasets import load_dataset
 

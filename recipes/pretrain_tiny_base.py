@@ -98,8 +98,12 @@ TEMPLATES_TASKS = (
 LESSONS = (
     ("first_word", 4, 0.9),
     *(("word", count, 0.85) for count in (4, 8, 14, MOST)),
-    *(("copy", count, 0.8) for count in (8, 14, MOST)),
-    *(("choose", count, 0.75) for count in (8, 14, MOST)),
+    ("copy", 8, 0.75),
+    ("copy", 14, 0.6),
+    ("copy", MOST, 0.45),
+    ("choose", 8, 0.7),
+    ("choose", 14, 0.6),
+    ("choose", MOST, 1.0),
 )
 
 

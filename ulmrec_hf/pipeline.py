@@ -88,7 +88,6 @@ class PipelineArguments:
         metadata={
             "help": "More systems for the report: no_index (the same tuning without user tokens), index_only (the "
             "ranker without history), placebo (the same tuning with the indices shuffled among users).",
-            "choices": list(ABLATIONS),
         },
     )
     validation_users: int = field(

@@ -49,7 +49,10 @@ class ULMRecTrainingArguments(TrainingArguments):
         default="group_by_length", metadata={"help": "How batches are made; group_by_length pads least."}
     )
     logging_steps: float = field(default=10, metadata={"help": "Log the loss every so many steps."})
-    report_to: str | list[str] | None = field(default="none", metadata={"help": "Experiment tracker, such as wandb."})
+    # HfArgumentParser reads this order of the types only
+    report_to: None | str | list[str] = field(  # noqa: RUF036
+        default="none", metadata={"help": "Experiment tracker, such as wandb."}
+    )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay false: the collator needs them all."}
     )

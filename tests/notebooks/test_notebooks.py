@@ -9,6 +9,7 @@ from nbclient import NotebookClient
 from tests.small_run import ROOT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.ipynb")), ids=lambda path: path.stem)
 def test_a_notebook_runs(path, monkeypatch, tmp_path):
     notebook = nbformat.read(path, as_version=4)

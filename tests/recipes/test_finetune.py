@@ -171,6 +171,7 @@ def write_world(folder, swapped: int):
     return table
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("swapped", [1, 2])
 def test_held_out_interactions_change_nothing_that_is_trained(swapped, small_settings, tmp_path):
     """1: other test interactions, model selection on. 2: other validation and test ones, fixed steps, no selection."""
@@ -278,6 +279,7 @@ def test_help_shows_our_settings_first(capsys):
     assert text.index("--data_format") < text.index("--lora_r") and "toy world" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["paper_beauty", "paper_games"])
 def test_the_paper_s_settings_tune_a_tiny_model_in_4_bits(name, prepared, small_settings, tmp_path):
     base = make_base(tmp_path / "llama", tied=False, positions=4096)
@@ -296,6 +298,7 @@ def test_the_paper_s_settings_tune_a_tiny_model_in_4_bits(name, prepared, small_
     assert any("eval_ndcg@10" in entry for entry in history)
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_raw_amazon_files_become_a_model(shared, small_settings, tmp_path):
     folder = shared / "data" / "amazon_gift_cards_2018"
