@@ -281,7 +281,7 @@ def test_help_shows_our_settings_first(capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["paper_beauty", "paper_games"])
-def test_the_paper_s_settings_tune_a_tiny_model_in_4_bits(name, prepared, small_settings, tmp_path):
+def test_the_paper_s_settings_tune_a_tiny_model_in_4_bits(name, small_settings, tmp_path):
     base = make_base(tmp_path / "llama", tied=False, positions=4096)
     argv = [FINETUNE, "--config", str(ROOT / "recipes" / "configs" / f"{name}.yaml"), *SMALL, *ONE_SYSTEM]
     argv += ["--data_format", "synthetic", "--model_name_or_path", str(base), "--output_dir", str(tmp_path / "run")]
