@@ -70,7 +70,7 @@ def test_cpu_2_starts_two_processes_that_know_each_other(tmp_path):
         "from accelerate import PartialState\n"
         "from accelerate.utils import gather_object\n"
         "state = PartialState(cpu=True)\n"
-        "print('ranks', gather_object([state.process_index]))\n"
+        "print(gather_object([state.process_index]))\n"
         "state.destroy_process_group()\n"
     )
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
@@ -78,7 +78,7 @@ def test_cpu_2_starts_two_processes_that_know_each_other(tmp_path):
     launches = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     for launch in launches:
         output, _ = launch.communicate(timeout=180)
-        assert output.count("ranks [0, 1]") == 2
+        assert output.count("[0, 1]") == 2  # the two may share a line
 
 
 def requirements():
