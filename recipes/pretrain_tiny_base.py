@@ -28,7 +28,7 @@ from transformers import (
 from trl import TrlParser
 
 from ulmrec_hf.data import synthetic as toy
-from ulmrec_hf.data.prompts import LETTERS, NONE, PromptTemplates, render_history
+from ulmrec_hf.data.prompts import LETTERS, NONE, TASKS, PromptTemplates, render_history
 from ulmrec_hf.files import atomic_folder
 
 IGNORED = -100
@@ -58,7 +58,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     sentences = (*toy.TASTE_SENTENCES, *toy.LIKED_SENTENCES, *toy.DISLIKED_SENTENCES)
     sentences += (*toy.LIKED_SUMMARIES, *toy.DISLIKED_SUMMARIES, NONE)
     fields = dict.fromkeys(("user", "history", "candidates", "preference", "letter", "rating"), "")
-    sentences += tuple(TEMPLATES.render(task, **fields)[0] for task in TEMPLATES_TASKS)
+    sentences += tuple(TEMPLATES.render(task, **fields)[0] for task in TASKS)
     for sentence in sentences:
         for mark in "{}.,:?#()":
             sentence = sentence.replace(mark, " ")
@@ -87,11 +87,6 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         padding_side="left",
         model_max_length=4096,
     )
-
-
-TEMPLATES_TASKS = (
-    "next_item", "index_to_preference", "preference_to_index", "history_to_index", "rating", "intent_next_item",
-)  # fmt: skip
 
 
 # Lessons in order: what they teach, with how many candidates, and the share right that leads to the next one.

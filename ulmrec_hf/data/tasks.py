@@ -26,6 +26,7 @@ from .prompts import (
     neutralise,
     render_candidates,
     render_history,
+    reserved_tokens,
 )
 
 if TYPE_CHECKING:
@@ -186,9 +187,7 @@ class TaskRows:
         self.skipped: dict[str, dict[str, int]] = {}
         self._tokenizer = tokenizer
         self._user_index = user_index
-        added = {*(str(token) for token in tokenizer.added_tokens_decoder.values()), *tokenizer.all_special_tokens}
-        # most are broken up by the general rules already, and a thousand searches a title are slow
-        self._reserved = sorted(token for token in added if token in neutralise(token))
+        self._reserved = reserved_tokens(tokenizer)
 
         self._user_ids = sequences["user_id"]
         self._offsets, self._items = _flatten(sequences["items"])
