@@ -1,6 +1,6 @@
 """Fits a retriever on a source of interactions, writes its candidates, and prints how often they hold the target."""
 
-import os
+from pathlib import Path
 
 import numpy as np
 from trl import TrlParser
@@ -9,7 +9,12 @@ from ulmrec_hf.cli import run_script
 from ulmrec_hf.data.arguments import DataArguments, StageArguments
 from ulmrec_hf.retrieval.arguments import RetrieverArguments
 
-COLUMNS = ("recall@5", "recall@10", "recall@20", "ndcg@5", "ndcg@10", "mrr@10")
+KS = (5, 10, 20)
+PROTOCOL = (
+    "Leave-one-out: the last item of each user is the test target, the one before it the validation target.",
+    "Whatever is fitted sees the train parts alone; validation targets choose epochs and weights.",
+    "Each system is scored on its own top k of the whole catalogue without the user's history.",
+)
 
 
 def make_parser() -> TrlParser:
@@ -17,19 +22,27 @@ def make_parser() -> TrlParser:
     return TrlParser([DataArguments, RetrieverArguments, StageArguments], description=__doc__)
 
 
-def print_results(folder: str | os.PathLike, k: int) -> None:
-    """Prints one row per split and system, over all users; a target past the top k, or unreachable, is a miss."""
+def write_report(stage: Path, report_folder: Path, args: RetrieverArguments) -> str:
+    """Writes metrics.json, comparisons.json, report.md and a plot from the ranks of a stage; returns a table."""
+    import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    from ulmrec_hf.metrics import ranking_metrics
+    from ulmrec_hf.report import Report
 
-    table = pq.read_table(os.path.join(folder, "ranks.parquet")).to_pandas()
-    print(f"\n{'split':<12}{'system':<12}" + "".join(f"{name:>11}" for name in COLUMNS))
-    for (split, system), rows in table.groupby(["split", "system"], sort=False):
-        ranks = rows["rank"].to_numpy(dtype=np.float64)
-        ranks[(ranks == 0) | (ranks > k)] = np.inf
-        metrics = ranking_metrics(ranks, ks=(5, 10, 20))
-        print(f"{split:<12}{system:<12}" + "".join(f"{metrics[name]:>11.4f}" for name in COLUMNS))
+    table = pq.read_table(stage / "ranks.parquet").sort_by("user")
+    systems = pc.unique(table["system"]).to_pylist()
+    ranks = {}
+    for split in ("validation", "test"):
+        for system in systems:
+            rows = table.filter((pc.field("split") == split) & (pc.field("system") == system))
+            own = rows["rank"].to_numpy().astype(np.float64)
+            ranks[system, split] = np.where((own >= 1) & (own <= args.num_candidates), own, np.inf)
+    found = {split: np.isfinite(own) for (system, split), own in ranks.items() if system == args.retriever}
+    report = Report(found, args.num_candidates, notes=PROTOCOL, ks=KS)
+    for (system, split), own in ranks.items():
+        report.add(system, split, own, order="own")
+    rows = report.write(report_folder, [(args.retriever, system) for system in systems if system != args.retriever])
+    return report.summary(rows)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -40,9 +53,10 @@ def main(argv: list[str] | None = None) -> None:
     from ulmrec_hf.retrieval.stage import train_retriever
 
     data_folder = prepare_data(data_args, stage_args.output_dir, overwrite=stage_args.overwrite)
-    folder = train_retriever(args, data_folder, stage_args.output_dir, overwrite=stage_args.overwrite)
-    print_results(folder, args.num_candidates)
-    print(f"\nWritten: {folder}")
+    output_dir = Path(stage_args.output_dir)
+    stage = train_retriever(args, data_folder, output_dir, overwrite=stage_args.overwrite)
+    print("\n" + write_report(stage, output_dir / "report", args))
+    print(f"\nWritten: {stage} and {output_dir / 'report'}")
 
 
 if __name__ == "__main__":

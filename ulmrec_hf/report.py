@@ -141,7 +141,7 @@ class Report:
         write_json(folder / "metrics.json", rows)
         write_json(folder / "comparisons.json", comparisons)
         write_text(folder / "report.md", self.markdown(rows, comparisons))
-        plot_metrics(folder / "metrics.png", rows, metric=f"ndcg@{max(self._ks)}")
+        plot_metrics(folder / "metrics.png", rows)
         return rows
 
     def markdown(self, rows: Sequence[Mapping[str, Any]], comparisons: Sequence[Mapping[str, Any]] = ()) -> str:
@@ -174,9 +174,8 @@ class Report:
             parts.append("\n".join(f"- {note}" for note in self.notes))
         return "\n\n".join(parts) + "\n"
 
-    def summary(self, rows: Sequence[Mapping[str, Any]], split: str = "test") -> str:
-        """A short plain-text table for a terminal: Recall and NDCG at the largest k, both scopes."""
-        k = max(self._ks)
+    def summary(self, rows: Sequence[Mapping[str, Any]], split: str = "test", k: int = 10) -> str:
+        """A short plain-text table for a terminal: Recall@k and NDCG@k, both scopes."""
         chosen = [row for row in rows if row["split"] == split]
         table = [["system", "scope", "users", f"Recall@{k}", f"NDCG@{k}", "interval"]]
         for row in sorted(chosen, key=lambda row: SCOPES.index(row["scope"])):

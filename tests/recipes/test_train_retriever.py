@@ -1,4 +1,5 @@
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -36,9 +37,18 @@ def test_runs_end_to_end(recipe, tmp_path, capsys):
     ]
     recipe.main(argv)
     printed = capsys.readouterr().out
-    assert "recall@20" in printed
-    assert {line.split()[1] for line in printed.splitlines() if line.startswith("test")} == {"popularity", "item_knn"}
+    assert {line.split()[0] for line in printed.splitlines() if " overall " in line} == {"popularity", "item_knn"}
     assert (tmp_path / "retriever" / "candidates.parquet").is_file()
+    rows = json.loads((tmp_path / "report" / "metrics.json").read_text())
+    assert {(row["system"], row["split"], row["scope"]) for row in rows} == {
+        (system, split, scope)
+        for system in ("popularity", "item_knn")
+        for split in ("validation", "test")
+        for scope in ("rank", "overall")
+    }
+    assert all(row["recall@10"] <= row["recall@20"] for row in rows)
+    comparisons = json.loads((tmp_path / "report" / "comparisons.json").read_text())
+    assert {(row["a"], row["b"]) for row in comparisons} == {("item_knn", "popularity")}
 
 
 def test_unknown_setting_is_refused(recipe, tmp_path):

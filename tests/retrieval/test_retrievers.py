@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from tests.retrieval.world import NUM_ITEMS, item_ids
-from ulmrec_hf.retrieval.base import RETRIEVERS, Sequences, load_retriever
+from tests.retrieval.world import NUM_ITEMS, item_ids, titles
+from ulmrec_hf.retrieval.base import RETRIEVERS, Sequences, load_retriever, retriever_class
+from ulmrec_hf.retrieval.hybrid import HybridRetriever
 from ulmrec_hf.retrieval.item_knn import ItemKNNRetriever
-from ulmrec_hf.retrieval.lrurec import LRURecConfig, LRURecModel
 from ulmrec_hf.retrieval.popularity import PopularityRetriever
+from ulmrec_hf.retrieval.text import TextRetriever
 
 HISTORIES = [[1, 2, 3], [5], [], [7, 7, 8, 9, 10, 11, 12, 13, 14, 15]]
 
@@ -21,9 +22,14 @@ def make(name: str, sequences: Sequences):
         return PopularityRetriever.fit(sequences.train_part())
     if name == "item_knn":
         return ItemKNNRetriever.fit(sequences.train_part())
+    if name == "text":
+        return TextRetriever.fit(sequences.train_part(), titles())
+    if name == "hybrid":
+        return HybridRetriever.fit([make(part, sequences) for part in ("lrurec", "item_knn", "text")], sequences)
     torch.manual_seed(0)
-    config = LRURecConfig(num_items=sequences.num_items, catalogue=sequences.catalogue, hidden_size=16)
-    return LRURecModel(config).eval()
+    model = retriever_class(name)
+    sizes = {"num_items": sequences.num_items, "hidden_size": 16, "initializer_range": 0.3}
+    return model(model.config_class(catalogue=sequences.catalogue, **sizes)).eval()
 
 
 @pytest.fixture(scope="module", params=sorted(RETRIEVERS))
@@ -44,15 +50,16 @@ def test_save_and_load_are_equal(retriever, tmp_path):
     loaded = load_retriever(tmp_path, catalogue=retriever.config.catalogue)
     assert type(loaded) is type(retriever)
     torch.testing.assert_close(loaded.score(HISTORIES), retriever.score(HISTORIES), atol=1e-6, rtol=1e-6)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    names = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+    assert names == {"config.json", "model.safetensors"}
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == retriever.name
 
 
 def test_saved_bytes_are_deterministic(retriever, sequences, tmp_path):
     retriever.save_pretrained(tmp_path / "a")
     make(retriever.name, sequences).save_pretrained(tmp_path / "b")
-    for name in ("config.json", "model.safetensors"):
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    for path in (tmp_path / "a").rglob("*.*"):
+        assert path.read_bytes() == (tmp_path / "b" / path.relative_to(tmp_path / "a")).read_bytes()
 
 
 def test_batch_of_one_equals_batch_of_many(retriever):

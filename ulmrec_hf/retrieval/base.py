@@ -25,6 +25,11 @@ RETRIEVERS = {
     "popularity": ("popularity", "PopularityRetriever"),
     "item_knn": ("item_knn", "ItemKNNRetriever"),
     "lrurec": ("lrurec", "LRURecModel"),
+    "narm": ("narm", "NARMModel"),
+    "bert4rec": ("bert4rec", "BERT4RecModel"),
+    "sasrec": ("sasrec", "SASRecModel"),
+    "text": ("text", "TextRetriever"),
+    "hybrid": ("hybrid", "HybridRetriever"),
 }
 
 
@@ -156,6 +161,10 @@ class Retriever:
         """
         raise NotImplementedError
 
+    def log_scores(self, histories: Iterable[Sequence[int]]) -> torch.Tensor:
+        """Like `score`, on the scale of log-probabilities up to a constant for each history, so that they add up."""
+        return self.score(histories)
+
     def check_catalogue(self, catalogue: str) -> None:
         """Raises ValueError unless this retriever was fitted on the catalogue of that hash."""
         if self.config.catalogue != catalogue:
@@ -211,6 +220,12 @@ class CountingRetriever(Retriever):
         return cls(cls.config_class.from_pretrained(folder), load_file(Path(folder) / "model.safetensors"))
 
 
+def retriever_class(model_type: str) -> type[Retriever]:
+    """The class of the retriever of that name; its module is imported only now, since not every one needs the same."""
+    module, name = RETRIEVERS[model_type]
+    return getattr(import_module(f"{__package__}.{module}"), name)
+
+
 def load_retriever(folder: str | os.PathLike, *, catalogue: str | None = None) -> Retriever:
     """Loads a saved retriever; its class is told by the `model_type` in its config.json.
 
@@ -226,8 +241,7 @@ def load_retriever(folder: str | os.PathLike, *, catalogue: str | None = None) -
     model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
     if model_type not in RETRIEVERS:
         raise ValueError(f"{path}: model_type {model_type!r} is not a retriever; known are {', '.join(RETRIEVERS)}.")
-    module, name = RETRIEVERS[model_type]
-    retriever = getattr(import_module(f"{__package__}.{module}"), name).from_pretrained(folder)
+    retriever = retriever_class(model_type).from_pretrained(folder)
     if catalogue is not None:
         retriever.check_catalogue(catalogue)
     return retriever

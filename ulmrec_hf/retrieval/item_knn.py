@@ -1,25 +1,22 @@
 """Sequential item-kNN: what followed, or came shortly before, the items of the history in other users' sequences."""
 
-from collections.abc import Iterable, Sequence
 from typing import Self
 
 import numpy as np
-import torch
 from scipy import sparse
 
-from .base import CountingRetriever, RetrieverConfig, Sequences
+from .base import Sequences
+from .neighbours import NeighbourConfig, NeighbourRetriever
 
-_POPULARITY_SHARE = 1e-6  # far below any co-occurrence that counts: it only orders items without one
 _FOLD = 1 << 22  # how many pairs are held before they are summed, at least
 
 
-class ItemKNNConfig(RetrieverConfig):
+class ItemKNNConfig(NeighbourConfig):
     """The config of `ItemKNNRetriever`.
 
     Attributes:
         window: items at most this many steps apart are neighbours.
         backward_weight: weight of the earlier item of a pair as the neighbour of the later one; forward weighs 1.
-        recency: weight of a history item for each step back from the newest, in (0, 1].
         popularity_exponent: what a history item leads to is divided by its train count to this power, since an item
             that everybody has tells little.
     """
@@ -28,67 +25,31 @@ class ItemKNNConfig(RetrieverConfig):
 
     window: int = 50
     backward_weight: float = 0.5
-    recency: float = 0.6
     popularity_exponent: float = 0.3
 
 
-class ItemKNNRetriever(CountingRetriever):
-    """Scores item j after the history h_1..h_n by sum_i recency^(n - i) * W[h_i, j].
+class ItemKNNRetriever(NeighbourRetriever):
+    """Neighbours are items of the same user.
 
     W[i, j] sums 1 / distance over the pairs where j follows i within the window in a train sequence, plus
-    backward_weight / distance where j comes before i, divided by count(i)^popularity_exponent. Items that no history
-    item leads to follow in the order of their popularity.
+    backward_weight / distance where j comes before i, divided by count(i)^popularity_exponent.
     """
 
     config_class = ItemKNNConfig
-    array_names = ("counts", "data", "indices", "indptr")
-
-    def __init__(self, config: ItemKNNConfig, arrays: dict[str, np.ndarray]):
-        super().__init__(config, arrays)
-        size = config.num_items + 1
-        self.weights = sparse.csr_array((arrays["data"], arrays["indices"], arrays["indptr"]), shape=(size, size))
 
     @classmethod
-    def fit(cls, train: Sequences, *, max_history: int = 50, **settings: float) -> Self:
+    def fit(cls, train: Sequences, **settings: float) -> Self:
         """Sums the pairs of `train`, which must be the train part alone; time and memory are linear in its length.
 
         Args:
             settings: fields of `ItemKNNConfig`.
         """
-        config = ItemKNNConfig(
-            num_items=train.num_items, catalogue=train.catalogue, max_history=max_history, **settings
-        )
-        counts = train.counts()
+        config = ItemKNNConfig(**settings)
         follows = _sum_pairs(train, config.window)
         weights = (follows + config.backward_weight * follows.T).tocsr()
-        weights.data /= np.repeat(np.maximum(counts, 1) ** config.popularity_exponent, np.diff(weights.indptr))
-        weights.sort_indices()
-        arrays = {
-            "counts": counts,
-            "data": weights.data.astype(np.float32),
-            "indices": weights.indices.astype(np.int32),
-            "indptr": weights.indptr.astype(np.int64),
-        }
-        return cls(config, arrays)
-
-    def score(self, histories: Iterable[Sequence[int]]) -> torch.Tensor:
-        """Weighted co-occurrence with the history, float32 [batch, num_items + 1]; see `Retriever.score`."""
-        newest = self.newest_items(histories)
-        lengths = [len(items) for items in newest]
-        steps_back = np.concatenate([np.arange(n - 1, -1, -1) for n in lengths] or [np.empty(0)])
-        rows = sparse.csr_array(
-            (
-                (self.config.recency**steps_back).astype(np.float32),
-                np.concatenate([*newest, np.empty(0, np.int64)]),
-                np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-            ),
-            shape=(len(newest), self.config.num_items + 1),
-        )
-        scores = (rows @ self.weights).toarray()
-        counts = self.arrays["counts"]
-        scores += (_POPULARITY_SHARE / max(counts.max(), 1) * counts).astype(np.float32)
-        scores[:, 0] = -np.inf
-        return torch.from_numpy(scores)
+        counts = np.maximum(train.counts(), 1)
+        weights.data /= np.repeat(counts**config.popularity_exponent, np.diff(weights.indptr))
+        return cls.from_weights(weights, train, **settings)
 
 
 def _sum_pairs(train: Sequences, window: int) -> sparse.csr_array:

@@ -97,7 +97,7 @@ class NeuralRetriever(Retriever, PreTrainedModel):
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         # padding is kept out by its bias: writing -inf into the logits would cost a copy of them in the backward pass
         bias = nn.functional.pad(self.item_bias[1:], (1, 0), value=-torch.inf)
-        return nn.functional.linear(hidden, self.item_embedding.weight, bias)
+        return nn.functional.linear(hidden, self.item_embedding.weight[: len(bias)], bias)  # no rows but of items
 
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
@@ -105,8 +105,11 @@ class NeuralRetriever(Retriever, PreTrainedModel):
             init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
             if getattr(module, "bias", None) is not None:
                 init.zeros_(module.bias)
-            if isinstance(module, nn.Embedding):
+            if getattr(module, "padding_idx", None) is not None:
                 init.zeros_(module.weight[0])  # stays 0 for ever: no position reads it, and it has no gradient
+        elif isinstance(module, nn.GRU):
+            for name, parameter in module.named_parameters():
+                (init.zeros_ if name.startswith("bias") else init.xavier_uniform_)(parameter)
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)

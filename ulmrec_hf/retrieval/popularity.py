@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from .base import CountingRetriever, RetrieverConfig, Sequences
+from .ranking import hide
 
 
 class PopularityConfig(RetrieverConfig):
@@ -32,3 +33,7 @@ class PopularityRetriever(CountingRetriever):
         scores = torch.from_numpy(self.arrays["counts"].astype(np.float32))
         scores[0] = -torch.inf
         return scores.repeat(len(list(histories)), 1)
+
+    def log_scores(self, histories: Iterable[Sequence[int]]) -> torch.Tensor:
+        """log(1 + train count); see `Retriever.log_scores`."""
+        return hide(self.score(histories).log1p())

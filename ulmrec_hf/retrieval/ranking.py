@@ -13,9 +13,11 @@ def seen_places(histories: Sequence[Sequence[int]]) -> torch.Tensor:
     return torch.from_numpy(np.stack([rows, items], axis=1))
 
 
-def hide(scores: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+def hide(scores: torch.Tensor, places: torch.Tensor | None = None) -> torch.Tensor:
     """The same tensor of scores, changed in place to -inf at padding and at `places` (see `seen_places`)."""
     scores[:, 0] = -torch.inf
+    if places is None:
+        return scores
     scores[places[:, 0], places[:, 1]] = -torch.inf
     return scores
 

@@ -1,7 +1,7 @@
 """The retrieval stage: fit the retriever, write its candidates, and rank the targets by every system."""
 
 import os
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +13,11 @@ from transformers import set_seed
 from ..files import write_json, write_table
 from ..stages import run_stage, stage_fingerprint
 from .arguments import RetrieverArguments
-from .base import Retriever, Sequences
+from .base import Retriever, Sequences, retriever_class
 from .candidates import target_ranks, write_candidates
 from .item_knn import ItemKNNRetriever
 from .popularity import PopularityRetriever
+from .text import TextRetriever
 
 BASELINES = ("popularity", "item_knn")
 
@@ -31,9 +32,10 @@ def train_retriever(
     """Runs the stage `output_dir/retriever` and returns its folder.
 
     The folder holds the chosen retriever (config.json, model.safetensors), `candidates.parquet` (see
-    `write_candidates`), `ranks.parquet` (user, split, system, rank; 0 = unreachable) of popularity, item_knn and the
-    chosen one on validation and test, and `training.json` with loss and validation metrics for each epoch. Whatever is
-    fitted sees the train parts alone; validation targets choose the epoch, and test targets are only ranked.
+    `write_candidates`), `ranks.parquet` (user, split, system, rank; 0 = unreachable) of popularity, item_knn, the
+    chosen one and what it combines on validation and test, and `training.json` with loss and validation metrics for
+    each epoch. Whatever is fitted sees the train parts alone; validation targets choose the epoch and a hybrid's
+    weights, and test targets are only ranked.
 
     Args:
         args: the settings.
@@ -43,8 +45,8 @@ def train_retriever(
     """
 
     def build(folder: Path) -> None:
-        sequences = Sequences.load(data_folder)
-        retriever, history = fit_retriever(args.retriever, args, sequences, folder)
+        sequences, titles = Sequences.load(data_folder), read_titles(data_folder)
+        retriever, history = fit_retriever(args.retriever, args, sequences, titles, folder)
         retriever.save_pretrained(folder)
         write_json(folder / "training.json", {"retriever": retriever.name, "history": history})
         candidates = write_candidates(
@@ -54,12 +56,15 @@ def train_retriever(
             k=args.num_candidates,
             train_positions=args.train_positions,
         )
-        tables = []
+        others = {part.name: part for part in getattr(retriever, "components", [])}
         for name in BASELINES:
-            if name != args.retriever:
-                baseline, _ = fit_retriever(name, args, sequences, folder)
-                for split in ("validation", "test"):
-                    tables.append(_rank_table(name, split, *target_ranks(baseline, sequences, split)))
+            if name != args.retriever and name not in others:
+                others[name], _ = fit_retriever(name, args, sequences, titles, folder)
+        tables = [
+            _rank_table(name, split, *target_ranks(other, sequences, split))
+            for name, other in others.items()
+            for split in ("validation", "test")
+        ]
         own = pq.read_table(candidates, columns=["user", "split", "target_rank"])
         for split in ("validation", "test"):
             rows = own.filter(pc.equal(own["split"], split))
@@ -76,29 +81,42 @@ def train_retriever(
 
 
 def fit_retriever(
-    name: str, args: RetrieverArguments, sequences: Sequences, work_folder: Path
-) -> tuple[Retriever, list[dict[str, float]]]:
+    name: str, args: RetrieverArguments, sequences: Sequences, titles: list[str], work_folder: Path
+) -> tuple[Retriever, list[dict[str, float | str]]]:
     """Fits a retriever by name on the train parts; returns it and, for neural ones, the history of its training."""
     if name == "popularity":
         return PopularityRetriever.fit(sequences.train_part()), []
     if name == "item_knn":
-        settings = {item.removeprefix("knn_"): value for item, value in asdict(args).items() if item.startswith("knn_")}
-        return ItemKNNRetriever.fit(sequences.train_part(), max_history=args.max_history, **settings), []
-    from .lrurec import LRURecConfig, LRURecModel
+        return ItemKNNRetriever.fit(sequences.train_part(), **_settings(args, "knn_")), []
+    if name == "text":
+        return TextRetriever.fit(sequences.train_part(), titles, **_settings(args, "text_")), []
+    if name == "hybrid":
+        from .hybrid import HybridRetriever
+
+        fitted = [fit_retriever(part, args, sequences, titles, work_folder) for part in args.hybrid_components]
+        hybrid = HybridRetriever.fit([retriever for retriever, _ in fitted], sequences)
+        return hybrid, [entry for _, history in fitted for entry in history]
     from .trainer import train_neural_retriever
 
+    model_class = retriever_class(name)
+    own = {item.name for item in fields(model_class.config_class)}
+    settings = {item: value for item, value in asdict(args).items() if item in own}
     set_seed(args.seed)
-    config = LRURecConfig(
-        num_items=sequences.num_items,
-        catalogue=sequences.catalogue,
-        max_history=args.max_history,
-        hidden_size=args.hidden_size,
-        num_layers=args.num_layers,
-        dropout=args.dropout,
+    model = model_class(
+        model_class.config_class(num_items=sequences.num_items, catalogue=sequences.catalogue, **settings)
     )
-    model = LRURecModel(config)
     history = train_neural_retriever(model, sequences, args, work_folder)
-    return model, history
+    return model, [{"retriever": name} | entry for entry in history]
+
+
+def read_titles(data_folder: str | os.PathLike) -> list[str]:
+    """The titles of the items 1..n of a data stage."""
+    return pq.read_table(Path(data_folder) / "items.parquet", columns=["title"])["title"].to_pylist()
+
+
+def _settings(args: RetrieverArguments, prefix: str) -> dict[str, float | str]:
+    own = {name.removeprefix(prefix): value for name, value in asdict(args).items() if name.startswith(prefix)}
+    return {"max_history": args.max_history} | own
 
 
 def _rank_table(system: str, split: str, users: np.ndarray, ranks: np.ndarray) -> pa.Table:

@@ -1,0 +1,76 @@
+"""What retrievers by neighbouring items share: a sparse matrix of what leads to what, and scoring by the history."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Self
+
+import numpy as np
+import torch
+from scipy import sparse
+
+from .base import CountingRetriever, RetrieverConfig, Sequences
+from .ranking import hide
+
+_POPULARITY_SHARE = 1e-6  # far below any weight that counts: it only orders items that no history item leads to
+_FLOOR = 0.01  # the share of the best item's score that is given to every item on the log scale
+
+
+class NeighbourConfig(RetrieverConfig):
+    """What the config of every `NeighbourRetriever` holds.
+
+    Attributes:
+        recency: weight of a history item for each step back from the newest, in (0, 1].
+    """
+
+    recency: float = 0.6
+
+
+class NeighbourRetriever(CountingRetriever):
+    """Scores item j after the history h_1..h_n by sum_i recency^(n - i) * W[h_i, j], W sparse.
+
+    Items that no history item leads to follow in the order of their popularity.
+    """
+
+    config_class = NeighbourConfig
+    array_names = ("counts", "data", "indices", "indptr")
+
+    def __init__(self, config: NeighbourConfig, arrays: dict[str, np.ndarray]):
+        super().__init__(config, arrays)
+        size = config.num_items + 1
+        self.weights = sparse.csr_array((arrays["data"], arrays["indices"], arrays["indptr"]), shape=(size, size))
+
+    @classmethod
+    def from_weights(cls, weights: sparse.csr_array, train: Sequences, **settings: Any) -> Self:
+        """A retriever with these weights, csr [num_items + 1, num_items + 1]; `settings` are fields of its config."""
+        weights.sort_indices()
+        arrays = {
+            "counts": train.counts(),
+            "data": weights.data.astype(np.float32),
+            "indices": weights.indices.astype(np.int32),
+            "indptr": weights.indptr.astype(np.int64),
+        }
+        return cls(cls.config_class(num_items=train.num_items, catalogue=train.catalogue, **settings), arrays)
+
+    def score(self, histories: Iterable[Sequence[int]]) -> torch.Tensor:
+        """Weighted neighbours of the history, float32 [batch, num_items + 1]; see `Retriever.score`."""
+        newest = self.newest_items(histories)
+        lengths = [len(items) for items in newest]
+        steps_back = np.concatenate([np.arange(n - 1, -1, -1) for n in lengths] or [np.empty(0)])
+        rows = sparse.csr_array(
+            (
+                (self.config.recency**steps_back).astype(np.float32),
+                np.concatenate([*newest, np.empty(0, np.int64)]),
+                np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+            ),
+            shape=(len(newest), self.config.num_items + 1),
+        )
+        scores = (rows @ self.weights).toarray()
+        counts = self.arrays["counts"]
+        scores += (_POPULARITY_SHARE / max(counts.max(), 1) * counts).astype(np.float32)
+        scores[:, 0] = -np.inf
+        return torch.from_numpy(scores)
+
+    def log_scores(self, histories: Iterable[Sequence[int]]) -> torch.Tensor:
+        """log(score / best score of the row + floor): items that nothing leads to are unlikely, not impossible."""
+        scores = self.score(histories)
+        best = scores.max(1, keepdim=True).values.clamp(min=1e-30)
+        return hide(scores.div_(best).add_(_FLOOR).log_())

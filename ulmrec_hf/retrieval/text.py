@@ -1,0 +1,88 @@
+"""Title text: items whose titles resemble those of the history."""
+
+from collections.abc import Sequence as SequenceOf
+from typing import Self
+
+import numpy as np
+from scipy import sparse
+
+from ..texts import load_sentence_encoder
+from .base import Sequences
+from .neighbours import NeighbourConfig, NeighbourRetriever
+
+_CELLS = 1 << 22  # similarities that are held at once: 16 MB
+
+
+class TextConfig(NeighbourConfig):
+    """The config of `TextRetriever`.
+
+    Attributes:
+        encoder: "tfidf", or the sentence-transformers model that the titles were encoded with.
+        neighbours: how many of the most similar items are kept for each item.
+    """
+
+    model_type = "text"
+
+    encoder: str = "tfidf"
+    neighbours: int = 200
+
+
+class TextRetriever(NeighbourRetriever):
+    """Neighbours are items with similar titles: W[i, j] is the cosine of their TF-IDF rows or embeddings.
+
+    Only each item's most similar items are kept, so that memory and time at scoring do not grow with the square of the
+    catalogue. No interaction is read but for the popularity that orders all other items.
+    """
+
+    config_class = TextConfig
+
+    @classmethod
+    def fit(cls, train: Sequences, titles: SequenceOf[str], **settings: float | str) -> Self:
+        """Compares the titles.
+
+        Args:
+            train: the train part.
+            titles: of the items 1..num_items, in that order.
+            settings: fields of `TextConfig`.
+
+        Raises:
+            ValueError: another number of titles than items, or titles without words.
+        """
+        config = TextConfig(**settings)
+        if len(titles) != train.num_items:
+            raise ValueError(f"the catalogue has {train.num_items} items but {len(titles)} titles were given.")
+        vectors = encode_titles(titles, config.encoder)
+        return cls.from_weights(_most_similar(vectors, config.neighbours), train, **settings)
+
+
+def encode_titles(titles: SequenceOf[str], encoder: str) -> np.ndarray | sparse.csr_array:
+    """Unit vectors of the titles, float32 [titles, dim]: TF-IDF rows (sparse) or a sentence encoder's embeddings."""
+    if encoder != "tfidf":
+        return load_sentence_encoder(encoder).encode(list(titles), normalize_embeddings=True, batch_size=128)
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    try:
+        vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, stop_words="english", dtype=np.float32)
+        return vectorizer.fit_transform(titles)
+    except ValueError as error:
+        raise ValueError(f"the {len(titles)} titles hold no words to compare: {error}") from error
+
+
+def _most_similar(vectors: np.ndarray | sparse.csr_array, neighbours: int) -> sparse.csr_array:
+    """float32 csr [items + 1, items + 1] of the highest positive similarities of each row, itself excluded."""
+    items = vectors.shape[0]
+    kept = min(neighbours, items - 1)
+    rows = max(1, _CELLS // items)
+    columns, values = [], []
+    for start in range(0, items, rows):
+        block = vectors[start : start + rows] @ vectors.T
+        block = block.toarray() if sparse.issparse(block) else block
+        place = np.arange(len(block))
+        block[place, start + place] = 0
+        best = np.argpartition(-block, kept - 1, axis=1)[:, :kept] if kept else np.empty((len(block), 0), np.int64)
+        columns.append(best + 1)
+        values.append(np.take_along_axis(block, best, 1))
+    columns, values = np.concatenate(columns), np.concatenate(values)
+    rows = np.broadcast_to(np.arange(1, items + 1)[:, None], columns.shape)
+    found = values > 0
+    return sparse.csr_array((values[found], (rows[found], columns[found])), shape=(items + 1, items + 1))
