@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel
 
-from tests.retrieval.world import item_ids
+from tests.retrieval.world import titles
 from ulmrec_hf.retrieval.arguments import RetrieverArguments
 from ulmrec_hf.retrieval.attention import SelfAttention
 from ulmrec_hf.retrieval.base import retriever_class
@@ -55,7 +55,7 @@ def test_loss_falls(name, sequences):
 @pytest.mark.parametrize("name", NEURAL)
 def test_fits_by_the_arguments_and_the_seed(name, sequences, tmp_path):
     args = RetrieverArguments(hidden_size=16, num_layers=1, num_heads=4, max_history=7, epochs=1, patience=0)
-    (one, history), (other, _) = (fit_retriever(name, args, sequences, item_ids(), tmp_path) for _ in range(2))
+    (one, history), (other, _) = (fit_retriever(name, args, sequences, titles(), tmp_path) for _ in range(2))
     assert one.name == name and len(history) == 1
     shared = {"hidden_size", "num_layers", "num_heads", "dropout", "mask_probability", "max_history"}
     for setting in shared & set(one.config.to_dict()):
@@ -197,3 +197,12 @@ def test_bert4rec_never_reads_an_item_behind_a_mask():
         assert torch.equal(targets, twice[masked])
         assert torch.equal(masked[3:], torch.tensor([[0, 0, 0, 0, 1], [0, 1, 0, 0, 0], [0, 0, 1, 0, 0]]).bool())
     assert len({tuple(rows[:3].flatten().tolist()) for rows in read}) > 10
+
+
+def test_item_embeddings_can_start_from_the_titles(sequences, tmp_path):
+    args = RetrieverArguments(hidden_size=16, start_from_titles=True, epochs=1, patience=0, learning_rate=1e-9)
+    model, _ = fit_retriever("sasrec", args, sequences, titles(), tmp_path)
+    embeddings = model.item_embedding.weight[1:]
+    similar = torch.nn.functional.cosine_similarity(embeddings[:, None], embeddings[None], dim=-1)
+    assert similar[0, 3] > similar[0, 4] and similar[0, 1] > similar[0, 4]  # colour shared; thing shared; nothing
+    assert embeddings.square().mean().sqrt().item() == pytest.approx(model.config.initializer_range, rel=0.01)

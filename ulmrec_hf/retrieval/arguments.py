@@ -33,7 +33,7 @@ class RetrieverArguments:
     )
 
     text_encoder: str = field(
-        default="tfidf", metadata={"help": 'text: "tfidf", or a sentence-transformers model that encodes the titles.'}
+        default="tfidf", metadata={"help": 'What reads the titles: "tfidf", or a sentence-transformers model.'}
     )
     text_recency: float = field(
         default=0.6, metadata={"help": "text: weight of a history item for each step back from the newest."}
@@ -45,6 +45,10 @@ class RetrieverArguments:
         metadata={"help": "hybrid: the retrievers that it combines, each with the settings here."},
     )
 
+    start_from_titles: bool = field(
+        default=False,
+        metadata={"help": "Neural retrievers: item embeddings start from the titles instead of from chance."},
+    )
     hidden_size: int = field(default=64, metadata={"help": "Neural retrievers: width of embeddings and layers."})
     num_layers: int = field(default=2, metadata={"help": "Neural retrievers: number of blocks."})
     num_heads: int = field(default=2, metadata={"help": "bert4rec and sasrec: attention heads."})

@@ -102,10 +102,11 @@ def validation_pool(
 
     Returns:
         Log-scores, float32 [users, 1 + pool, components], and whether a place holds an item, bool [users, 1 + pool].
-        Place 0 is the user's validation target, the others the components' best items, each once.
+        Place 0 is the user's validation target, the others the components' best items, each once; users whose target
+        is not among the best items are left out.
 
     Raises:
-        ValueError: nobody has a validation target after a non-empty train part.
+        ValueError: nobody has a validation target after a non-empty train part, or no component finds one.
     """
     rows = split_positions(sequences, "validation")
     users = rows.users[rows.positions > 0]
@@ -121,10 +122,13 @@ def validation_pool(
         best = torch.cat([top_items(part, _POOL)[0] for part in scores], 1).numpy()
         stacked = torch.stack(scores, 2).numpy()
         for row, target in enumerate(int(sequence[-2]) for sequence in items):
-            others = np.setdiff1d(best[row], [target])
-            values = stacked[row, [target, *others]]
-            if np.isfinite(values[0]).all():  # else the user had the target before: no retriever may offer it
+            values = stacked[row, [target, *np.setdiff1d(best[row], [target])]]
+            # A target that no component finds says nothing of the order within the pool. Adding it would say that high
+            # scores are a bad sign: it is there whatever its scores, all others for their high ones.
+            if target in best[row] and np.isfinite(values[0]).all():
                 pools.append(values[np.isfinite(values).all(1)])
+    if not pools:
+        raise ValueError(f"no validation target is among the {_POOL} best items of any of these retrievers.")
     features = np.zeros((len(pools), max(map(len, pools), default=0), len(components)), np.float32)
     real = np.zeros(features.shape[:2], bool)
     for row, values in enumerate(pools):

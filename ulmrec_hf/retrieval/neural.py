@@ -84,6 +84,16 @@ class NeuralRetriever(Retriever, PreTrainedModel):
         loss = nn.functional.cross_entropy(self._logits(hidden[labelled]).float(), labels[labelled])
         return RetrieverOutput(loss=loss, last_hidden_state=hidden)
 
+    def start_from(self, vectors: np.ndarray) -> None:
+        """Sets the first dimensions of the item embeddings to vectors of mean square 1, scaled like the usual start.
+
+        Args:
+            vectors: float32 [num_items, at most hidden_size], one for each of the items 1..num_items.
+        """
+        with torch.no_grad():
+            place = self.item_embedding.weight[1 : 1 + len(vectors), : vectors.shape[1]]
+            place.copy_(torch.from_numpy(vectors) * self.config.initializer_range)
+
     def score(self, histories: Iterable[Sequence[int]]) -> torch.Tensor:
         """Next-item logits, float32 [batch, num_items + 1], without dropout; see `Retriever.score`."""
         training = self.training

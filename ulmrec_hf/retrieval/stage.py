@@ -17,7 +17,7 @@ from .base import Retriever, Sequences, retriever_class
 from .candidates import target_ranks, write_candidates
 from .item_knn import ItemKNNRetriever
 from .popularity import PopularityRetriever
-from .text import TextRetriever
+from .text import TextRetriever, title_embeddings
 
 BASELINES = ("popularity", "item_knn")
 
@@ -105,6 +105,8 @@ def fit_retriever(
     model = model_class(
         model_class.config_class(num_items=sequences.num_items, catalogue=sequences.catalogue, **settings)
     )
+    if args.start_from_titles:
+        model.start_from(title_embeddings(titles, args.text_encoder, args.hidden_size))
     history = train_neural_retriever(model, sequences, args, work_folder)
     return model, [{"retriever": name} | entry for entry in history]
 

@@ -68,6 +68,16 @@ def encode_titles(titles: SequenceOf[str], encoder: str) -> np.ndarray | sparse.
         raise ValueError(f"the {len(titles)} titles hold no words to compare: {error}") from error
 
 
+def title_embeddings(titles: SequenceOf[str], encoder: str, size: int) -> np.ndarray:
+    """float32 [titles, at most size]: the main directions of `encode_titles`, of mean square 1 over all numbers."""
+    from sklearn.decomposition import TruncatedSVD
+
+    vectors = encode_titles(titles, encoder)
+    size = min(size, *vectors.shape)
+    vectors = TruncatedSVD(size, random_state=0).fit_transform(vectors) if size > 1 else np.ones((len(titles), 1))
+    return (vectors / np.sqrt(np.square(vectors).mean())).astype(np.float32)
+
+
 def _most_similar(vectors: np.ndarray | sparse.csr_array, neighbours: int) -> sparse.csr_array:
     """float32 csr [items + 1, items + 1] of the highest positive similarities of each row, itself excluded."""
     items = vectors.shape[0]
