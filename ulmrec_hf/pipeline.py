@@ -234,6 +234,7 @@ def tune(settings: Settings) -> None:
 
     Every process of a distributed run calls this. A killed tuning goes on from its last checkpoint.
     """
+    _barrier(settings.training)()  # the main process comes here when the earlier stages are done
     _tune(settings, RANKER, settings.folder / "model", settings.folder / "data" / "tasks")
     if "no_index" in settings.pipeline.ablations:
         _tune(settings, NO_INDEX, settings.folder / "ablations" / "no_index", settings.folder / "data" / "tasks")

@@ -88,7 +88,7 @@ def test_the_same_command_runs_nothing_again_and_other_settings_are_refused(run_
     finetune = load_recipe("finetune")
     finetune.main(["--config", str(small_settings), "--output_dir", str(run_folder), *SMALL])
     assert {path: path.stat().st_mtime_ns for path in (run_folder / "model").rglob("*")} == before
-    with pytest.raises(ValueError, match=r"learning_rate was 0.002, is 0.5.*--overwrite"):
+    with pytest.raises(ValueError, match=r"learning_rate was \S+, is 0.5.*--overwrite"):
         finetune.tune(
             finetune.parse(
                 ["--config", str(small_settings), "--output_dir", str(run_folder), *SMALL, "--learning_rate", "0.5"]
@@ -146,6 +146,21 @@ def test_two_processes_measure_what_one_measures(run_folder, tmp_path):
     assert one == two
     done = launch([script, *argv[:-4], "--output_dir", str(tmp_path / "lost")], launcher=launcher)
     assert done.returncode != 0 and "--use_cpu" in done.stderr
+
+
+def test_two_processes_run_the_whole_job(run_folder, small_settings, tmp_path):
+    launcher = ("-m", "accelerate.commands.launch")
+    launcher += ("--config_file", str(ROOT / "recipes" / "accelerate" / "cpu_2.yaml"))
+    argv = ["--config", str(small_settings), "--output_dir", str(tmp_path / "run"), "--use_cpu", "true", *SMALL]
+    argv += ["--per_device_train_batch_size", "4"]  # of two processes: the same steps as one
+    done = launch([str(ROOT / "recipes" / "finetune.py"), *argv], launcher=launcher)
+    assert done.returncode == 0, done.stderr[-4000:]
+    one, two = (read_json(folder / "report" / "metrics.json") for folder in (run_folder, tmp_path / "run"))
+    assert [(row["system"], row["split"], row["scope"], row["users"]) for row in one] == [
+        (row["system"], row["split"], row["scope"], row["users"]) for row in two
+    ]
+    untuned = ("random", "popularity", "item_knn", "lrurec", "retriever")
+    assert [row for row in one if row["system"] in untuned] == [row for row in two if row["system"] in untuned]
 
 
 def write_world(folder, swapped: int):
