@@ -54,6 +54,8 @@ def read_stage_config(path: str | None, arguments: type, **fixed):
                 f"{path} does not exist; check the settings retriever_config, preference_config and index_config."
             )
         given = yaml.safe_load(found.read_text(encoding="utf-8")) or {}
+        if not isinstance(given, dict):
+            raise ValueError(f"{found} holds no settings: lines of the form `name: value` are expected.")
         unknown = sorted(set(given) - set(arguments.__dataclass_fields__))
         if unknown:
             raise ValueError(f"{found}: unknown settings {', '.join(unknown)}.")

@@ -22,12 +22,13 @@ def make_parser() -> TrlParser:
     return TrlParser([DataArguments, RetrieverArguments, StageArguments], description=__doc__)
 
 
-def write_report(stage: Path, report_folder: Path, args: RetrieverArguments) -> str:
+def write_report(stage: Path, folder: Path, args: RetrieverArguments) -> str:
     """Writes metrics.json, comparisons.json, report.md and a plot from the ranks of a stage; returns a table."""
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
     from ulmrec_hf.report import Report
+    from ulmrec_hf.stages import run_stage, stage_fingerprint
 
     table = pq.read_table(stage / "ranks.parquet").sort_by("user")
     systems = pc.unique(table["system"]).to_pylist()
@@ -38,11 +39,15 @@ def write_report(stage: Path, report_folder: Path, args: RetrieverArguments) -> 
             own = rows["rank"].to_numpy().astype(np.float64)
             ranks[system, split] = np.where((own >= 1) & (own <= args.num_candidates), own, np.inf)
     found = {split: np.isfinite(own) for (system, split), own in ranks.items() if system == args.retriever}
-    report = Report(found, args.num_candidates, notes=PROTOCOL, ks=KS)
+    ks = [k for k in KS if k <= args.num_candidates] or [args.num_candidates]
+    report = Report(found, args.num_candidates, notes=PROTOCOL, ks=ks)
     for (system, split), own in ranks.items():
         report.add(system, split, own, order="own")
-    rows = report.write(report_folder, [(args.retriever, system) for system in systems if system != args.retriever])
-    return report.summary(rows)
+    pairs = [(args.retriever, system) for system in systems if system != args.retriever]
+    # a stage, so that the main job in the same folder knows that this report is not its own
+    inputs = {"retriever": stage_fingerprint(stage)}
+    run_stage(folder, {"systems": systems}, inputs, lambda partial: report.write(partial, pairs), overwrite=True)
+    return report.summary(report.rows())
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -4,12 +4,14 @@ import os
 import sys
 from collections.abc import Callable
 
+import yaml
+
 
 def run_script(main: Callable[[], None]) -> None:
-    """Runs a script's main; a ValueError or OSError is told in one line, with ULMREC_TRACEBACK=1 in full."""
+    """Runs a script's main; a ValueError, OSError or broken YAML is told in one line, with ULMREC_TRACEBACK=1 in full."""
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, yaml.YAMLError) as error:
         if os.environ.get("ULMREC_TRACEBACK"):
             raise
         sys.exit(f"error: {error}")

@@ -201,6 +201,8 @@ class UserRanker:
         Prompts of like length share a batch; each is one forward pass, of which the last position alone is read.
         """
         self._check_candidates(num_candidates)
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
         scores = np.empty((len(prompts), num_candidates), np.float32)
         if not len(prompts):
             return scores
@@ -241,6 +243,8 @@ class UserRanker:
     def _spell(self, user_id: str) -> str:
         if self.user_index is None:
             return ""
+        if not isinstance(user_id, str):
+            raise ValueError(f"user ids are strings, {str(user_id)!r} say; got {user_id!r}.")
         if user_id in self.user_index:
             return self.user_index.spell(user_id)
         if not self._told_unknown:

@@ -54,6 +54,7 @@ class Report:
         self.notes = list(notes)
         self.names = [f"{metric}@{k}" for metric in ("recall", "ndcg", "mrr") for k in ks]
         self._ks = tuple(ks)
+        self._shown = max((k for k in ks if k <= 10), default=min(ks))  # the k of the plot and of the short table
         self._bootstrap = {"seed": seed, "samples": samples, "level": level}
         self._values: dict[tuple[str, str], np.ndarray] = {}  # float64 [users, metrics]
         self._orders: dict[tuple[str, str], str] = {}
@@ -141,7 +142,7 @@ class Report:
         write_json(folder / "metrics.json", rows)
         write_json(folder / "comparisons.json", comparisons)
         write_text(folder / "report.md", self.markdown(rows, comparisons))
-        plot_metrics(folder / "metrics.png", rows)
+        plot_metrics(folder / "metrics.png", rows, metric=f"ndcg@{self._shown}")
         return rows
 
     def markdown(self, rows: Sequence[Mapping[str, Any]], comparisons: Sequence[Mapping[str, Any]] = ()) -> str:
@@ -174,8 +175,9 @@ class Report:
             parts.append("\n".join(f"- {note}" for note in self.notes))
         return "\n\n".join(parts) + "\n"
 
-    def summary(self, rows: Sequence[Mapping[str, Any]], split: str = "test", k: int = 10) -> str:
-        """A short plain-text table for a terminal: Recall@k and NDCG@k, both scopes."""
+    def summary(self, rows: Sequence[Mapping[str, Any]], split: str = "test") -> str:
+        """A short plain-text table for a terminal: Recall@10 and NDCG@10 (or the nearest k below), both scopes."""
+        k = self._shown
         chosen = [row for row in rows if row["split"] == split]
         table = [["system", "scope", "users", f"Recall@{k}", f"NDCG@{k}", "interval"]]
         for row in sorted(chosen, key=lambda row: SCOPES.index(row["scope"])):

@@ -51,6 +51,15 @@ def test_runs_end_to_end(recipe, tmp_path, capsys):
     assert {(row["a"], row["b"]) for row in comparisons} == {("item_knn", "popularity")}
 
 
+def test_fewer_candidates_than_ten_report_what_they_hold(recipe, tmp_path, capsys):
+    argv = ["--config", str(RECIPES / "configs/retrieval/text.yaml"), "--num_candidates", "5", "--k_core", "0"]
+    recipe.main([*argv, "--data_format", "synthetic", "--synthetic_users", "60", "--output_dir", str(tmp_path)])
+    assert "NDCG@5" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "report" / "metrics.json").read_text())
+    assert all("recall@5" in row and "recall@10" not in row for row in rows)
+    assert (tmp_path / "report" / "stage.json").is_file()  # so that the main job does not take it for its own
+
+
 def test_unknown_setting_is_refused(recipe, tmp_path):
     config = tmp_path / "bad.yaml"
     config.write_text("retreiver: lrurec\n")

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import yaml
 
+from ..files import hash_file, hash_value
 from .prompts import (
     LETTERS,
     NONE,
@@ -553,7 +554,8 @@ def write_tasks(
         for split, skipped in splits.items():
             if skipped:
                 logger.warning("%s, %s: %d rows left out: %s", task, split, skipped, _why_skipped(task))
-    (folder / "README.md").write_text(_card(args, counts, rows.skipped), encoding="utf-8")
+    content = hash_value([hash_file(path) for path in sorted(folder.rglob("*.parquet"))])
+    (folder / "README.md").write_text(_card(args, counts, rows.skipped, content), encoding="utf-8")
     return counts
 
 
@@ -561,11 +563,15 @@ def _why_skipped(task: str) -> str:
     return "the target's rating is unknown" if task == "rating" else "the user's preference is empty"
 
 
-def _card(args: TaskArguments, counts: dict[str, dict[str, int]], skipped: dict[str, dict[str, int]]) -> str:
+def _card(
+    args: TaskArguments, counts: dict[str, dict[str, int]], skipped: dict[str, dict[str, int]], content: str
+) -> str:
     """The dataset card: YAML that `load_dataset` reads, then what is in the data."""
     configs = [
         {
             "config_name": name,
+            # datasets 5.2 caches a folder by its name and these lines alone: other rows must have other lines
+            "description": f"content {content}",
             "data_files": [{"split": split, "path": f"{name}/{split}-*.parquet"} for split in splits],
         }
         for name, splits in counts.items()
