@@ -8,7 +8,7 @@ import yaml
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Runs a script's main; a ValueError, OSError or broken YAML is told in one line, with ULMREC_TRACEBACK=1 in full."""
+    """Runs a script's main; what the user can mend is told in one line, with ULMREC_TRACEBACK=1 in full."""
     try:
         main()
     except (ValueError, OSError, yaml.YAMLError) as error:
