@@ -12,6 +12,8 @@ from transformers.utils import ModelOutput
 
 from .base import Retriever, RetrieverConfig
 
+_CELLS = 1 << 20  # logits that are held at once in training: 4 MB, which stay in a processor's cache
+
 
 class NeuralRetrieverConfig(RetrieverConfig):
     """What every neural retriever's config holds.
@@ -81,7 +83,12 @@ class NeuralRetriever(Retriever, PreTrainedModel):
             return RetrieverOutput(logits=self._logits(hidden[rows, last]), last_hidden_state=hidden)
         # logits over the catalogue are by far the dearest part: only where there is something to predict
         labelled = labels > 0
-        loss = nn.functional.cross_entropy(self._logits(hidden[labelled]).float(), labels[labelled])
+        weight, bias = self._output()
+        chunks = nn.LinearCrossEntropyOptions(batch_chunk_size=max(1, _CELLS // len(weight)), acc_policy="compact")
+        with torch.autocast(hidden.device.type, enabled=False):
+            loss = nn.functional.linear_cross_entropy(
+                hidden[labelled].float(), weight.float(), labels[labelled], linear_bias=bias.float(), options=chunks
+            )
         return RetrieverOutput(loss=loss, last_hidden_state=hidden)
 
     def start_from(self, vectors: np.ndarray) -> None:
@@ -105,9 +112,12 @@ class NeuralRetriever(Retriever, PreTrainedModel):
         return scores
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        # padding is kept out by its bias: writing -inf into the logits would cost a copy of them in the backward pass
+        return nn.functional.linear(hidden, *self._output())
+
+    def _output(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight, float [num_items + 1, hidden_size], and bias, float [num_items + 1], -inf for padding."""
         bias = nn.functional.pad(self.item_bias[1:], (1, 0), value=-torch.inf)
-        return nn.functional.linear(hidden, self.item_embedding.weight[: len(bias)], bias)  # no rows but of items
+        return self.item_embedding.weight[: len(bias)], bias  # a model may embed more than the items
 
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
