@@ -12,7 +12,6 @@ from ulmrec_hf.retrieval.arguments import RetrieverArguments
 KS = (5, 10, 20)
 PROTOCOL = (
     "Leave-one-out: the last item of each user is the test target, the one before it the validation target.",
-    "Whatever is fitted sees the train parts alone; validation targets choose epochs and weights.",
     "Each system is scored on its own top k of the whole catalogue without the user's history.",
 )
 
@@ -27,7 +26,9 @@ def write_report(stage: Path, folder: Path, args: RetrieverArguments) -> str:
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
+    from ulmrec_hf.metrics import top_k_ranks
     from ulmrec_hf.report import Report
+    from ulmrec_hf.retrieval.stage import protocol_notes
     from ulmrec_hf.stages import run_stage, stage_fingerprint
 
     table = pq.read_table(stage / "ranks.parquet").sort_by("user")
@@ -36,18 +37,23 @@ def write_report(stage: Path, folder: Path, args: RetrieverArguments) -> str:
     for split in ("validation", "test"):
         for system in systems:
             rows = table.filter((pc.field("split") == split) & (pc.field("system") == system))
-            own = rows["rank"].to_numpy().astype(np.float64)
-            ranks[system, split] = np.where((own >= 1) & (own <= args.num_candidates), own, np.inf)
+            ranks[system, split] = top_k_ranks(rows["rank"], args.num_candidates)
     found = {split: np.isfinite(own) for (system, split), own in ranks.items() if system == args.retriever}
     ks = [k for k in KS if k <= args.num_candidates] or [args.num_candidates]
-    report = Report(found, args.num_candidates, notes=PROTOCOL, ks=ks)
+    report = Report(found, args.num_candidates, notes=[*PROTOCOL, *protocol_notes(args)], ks=ks)
     for (system, split), own in ranks.items():
         report.add(system, split, own, order="own")
     pairs = [(args.retriever, system) for system in systems if system != args.retriever]
     # a stage, so that the main job in the same folder knows that this report is not its own
-    inputs = {"retriever": stage_fingerprint(stage)}
-    run_stage(folder, {"systems": systems}, inputs, lambda partial: report.write(partial, pairs), overwrite=True)
-    return report.summary(report.rows())
+    rows = []
+    run_stage(
+        folder,
+        {"systems": systems},
+        {"retriever": stage_fingerprint(stage)},
+        lambda partial: rows.extend(report.write(partial, pairs)),
+        overwrite=True,
+    )
+    return report.summary(rows or report.rows())
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -67,6 +67,12 @@ def ranks_from_scores(scores: ArrayLike, labels: ArrayLike, valid: ArrayLike | N
     return ranks
 
 
+def top_k_ranks(ranks: ArrayLike, k: int) -> np.ndarray:
+    """Ranks in the whole catalogue (0 = unreachable) as ranks in the top k, float64: past it is a miss, infinity."""
+    ranks = np.asarray(ranks, dtype=np.float64)
+    return np.where((ranks >= 1) & (ranks <= k), ranks, np.inf)
+
+
 def per_user_metrics(ranks: ArrayLike, ks: Sequence[int] = KS) -> dict[str, np.ndarray]:
     """`recall@k`, `ndcg@k` and `mrr@k` of each user, float64 [users] in [0, 1], from 1-based ranks (inf = miss)."""
     ranks = np.asarray(ranks, dtype=np.float64)

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .files import atomic_folder, hash_file, hash_value, write_json, write_table
-from .metrics import MISS, random_order_metrics, ranks_from_scores
+from .metrics import MISS, random_order_metrics, ranks_from_scores, top_k_ranks
 from .stages import run_stage, stage_fingerprint
 from .user_index import UserIndex
 
@@ -458,10 +458,10 @@ def write_report(settings: Settings) -> str:
         report.add("random", split, random_order_metrics(counts, labels[split]), order="random")
         for system in pa.compute.unique(ranks["system"]).to_pylist():
             rows = ranks.filter((pa.compute.field("system") == system) & (pa.compute.field("split") == split))
-            report.add(system, split, _top_k_ranks(rows["rank"], settings.tasks.num_candidates), order="own")
+            report.add(system, split, top_k_ranks(rows["rank"], settings.tasks.num_candidates), order="own")
         rows = candidates.filter(pa.compute.field("split") == split).sort_by("user")
         report.add(
-            "retriever", split, _top_k_ranks(rows["target_rank"], settings.tasks.num_candidates), order="retriever"
+            "retriever", split, top_k_ranks(rows["target_rank"], settings.tasks.num_candidates), order="retriever"
         )
         for (system, its_split), rows in predictions.items():
             if its_split == split:
@@ -504,13 +504,9 @@ def _ranks(predictions: pa.Table) -> np.ndarray:
     return ranks_from_scores(scores, predictions["label"].to_numpy())
 
 
-def _top_k_ranks(ranks: pa.ChunkedArray, k: int) -> np.ndarray:
-    """Ranks in the whole catalogue as ranks in the top k: past it, or unreachable (0), is a miss."""
-    ranks = ranks.to_numpy().astype(np.float64)
-    return np.where((ranks >= 1) & (ranks <= k), ranks, np.inf)
-
-
 def _protocol(settings: Settings) -> Sequence[str]:
+    from .retrieval.stage import protocol_notes
+
     evidence = settings.preferences.evidence
     return [
         "Leave-one-out: the last item of each user is the test target, the one before it the validation target.",
@@ -521,10 +517,9 @@ def _protocol(settings: Settings) -> Sequence[str]:
             else "Preferences come from all interactions, the test target's review included: these results leak."
         ),
         f"Candidates: the top {settings.tasks.num_candidates} of {settings.retriever.retriever}; a target that is not "
-        "among them is a miss for every system that ranks them. Popularity and item_knn are scored on their own top.",
+        "among them is a miss for every system that ranks them. Retrievers are scored on their own top.",
         f"Evaluation order of the candidates: {settings.tasks.evaluation_order}. Equal scores share the mean of their "
         "places.",
         "random: the exact expectation over all orders of the candidates.",
-        "The retriever's weights come from the whole train part, the training candidates of a position from the "
-        "history before it.",
+        *protocol_notes(settings.retriever),
     ]

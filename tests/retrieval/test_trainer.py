@@ -5,7 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from tests.retrieval.world import NUM_ITEMS, item_ids, make_lists, write_data_stage
+from tests.retrieval.world import NUM_ITEMS, item_ids, make_lists, titles, write_data_stage
 from ulmrec_hf.metrics import ranking_metrics
 from ulmrec_hf.retrieval.arguments import RetrieverArguments
 from ulmrec_hf.retrieval.base import Sequences, load_retriever
@@ -104,7 +104,60 @@ def test_hybrid_stage_ranks_what_it_combines(tmp_path):
     ranks = pq.read_table(stage / "ranks.parquet")
     assert set(ranks["system"].to_pylist()) == {"popularity", "hybrid", *args.hybrid_components}
     assert sorted(path.name for path in stage.iterdir() if path.is_dir()) == sorted(args.hybrid_components)
-    assert len(load_retriever(stage).config.weights) == 3
+    assert len(load_retriever(stage).weights) == 3
+
+
+def test_refit_counts_validation_items_for_test_rows_alone(tmp_path):
+    lists = make_lists()
+    write_data_stage(tmp_path / "data", lists, item_ids())
+    plain, refit = (
+        train_retriever(RetrieverArguments(retriever=name, refit=refit, **FAST), tmp_path / "data", tmp_path / run)
+        for name, refit, run in (("item_knn", False, "plain"), ("item_knn", True, "refit"))
+    )
+    tables = [pq.read_table(stage / "candidates.parquet").to_pandas() for stage in (plain, refit)]
+    for split, equal in (("train", True), ("validation", True), ("test", False)):
+        scores = [np.concatenate(table[table["split"] == split]["scores"].tolist()) for table in tables]
+        assert np.array_equal(*scores) is equal
+    assert load_retriever(refit).arrays["counts"].sum() == sum(len(items) - 1 for items in lists)
+    assert load_retriever(plain).arrays["counts"].sum() == sum(len(items) - 2 for items in lists)
+    ranks = [pq.read_table(stage / "ranks.parquet").to_pandas() for stage in (plain, refit)]
+    baseline = [table[(table["system"] == "popularity")].set_index("split")["rank"] for table in ranks]
+    assert baseline[0]["validation"].tolist() == baseline[1]["validation"].tolist()
+    assert baseline[0]["test"].tolist() != baseline[1]["test"].tolist()
+
+
+def test_refit_never_counts_test_items(tmp_path):
+    lists = make_lists()
+    for run, rows in (("a", lists), ("b", [[*items[:-1], 1 + items[-1] % NUM_ITEMS] for items in lists])):
+        write_data_stage(tmp_path / run / "data", rows, item_ids())
+        train_retriever(
+            RetrieverArguments(retriever="item_knn", refit=True, **FAST), tmp_path / run / "data", tmp_path / run
+        )
+    saved = [(tmp_path / run / "retriever" / "model.safetensors").read_bytes() for run in "ab"]
+    assert saved[0] == saved[1]
+
+
+def test_cross_fitted_candidates_come_from_a_retriever_without_that_user(tmp_path):
+    lists = [*([items[0], items[0], *items[2:]] for items in make_lists(4)), *make_lists()]
+    write_data_stage(tmp_path / "data", lists, item_ids())
+    args = {"retriever": "item_knn", "train_positions": 0, **FAST}
+    plain, crossed = (
+        train_retriever(RetrieverArguments(cross_fit=folds, **args), tmp_path / "data", tmp_path / str(folds))
+        for folds in (0, 3)
+    )
+    tables = [pq.read_table(stage / "candidates.parquet").to_pandas() for stage in (plain, crossed)]
+    for split in ("validation", "test"):
+        assert tables[0][tables[0]["split"] == split].equals(tables[1][tables[1]["split"] == split])
+    rows = [table[table["split"] == "train"].set_index(["user", "position"]).sort_index() for table in tables]
+    assert rows[0].index.equals(rows[1].index)
+    sequences = Sequences.load(tmp_path / "data")
+    user, position = rows[1].index[-1]
+    kept = np.where(np.arange(len(sequences)) % 3 == user % 3, 0, sequences.lengths)
+    alone, _ = fit_retriever("item_knn", RetrieverArguments(**args), sequences.select(kept), titles(), tmp_path)
+    expected = alone.score([sequences[user][:position]])[0]
+    row = rows[1].loc[(user, position)]
+    np.testing.assert_allclose(row["scores"], expected[row["items"].tolist()], rtol=1e-6)
+    assert rows[0]["target_rank"].mean() < rows[1]["target_rank"].mean()  # having learned from the target helps
 
 
 def test_nan_loss_stops_with_the_step_and_the_setting(sequences, tmp_path):
@@ -154,6 +207,7 @@ def test_collate_pads_to_the_longest():
     ("settings", "message"),
     [
         ({"retriever": "nope"}, "retriever must be one of popularity, item_knn, .*; got 'nope'"),
+        ({"cross_fit": 1}, "cross_fit must be 0 or at least 2"),
         ({"hybrid_components": ["lrurec", "hybrid", "magic"]}, "hybrid_components holds hybrid, magic; it may hold"),
         ({"num_candidates": 0}, "num_candidates must be at least 1; got 0"),
         ({"train_positions": -1}, "train_positions must be at least 0; got -1"),

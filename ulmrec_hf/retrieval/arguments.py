@@ -17,6 +17,20 @@ class RetrieverArguments:
         default=5, metadata={"help": "Newest positions of every user's train part that get candidates; 0 = all."}
     )
     max_history: int = field(default=50, metadata={"help": "Newest history items that a retriever reads."})
+    refit: bool = field(
+        default=False,
+        metadata={
+            "help": "For test rows, count item statistics (popularity, item_knn) in the train and validation items; "
+            "learned weights stay."
+        },
+    )
+    cross_fit: int = field(
+        default=0,
+        metadata={
+            "help": "Folds of users: candidates of a fold's train positions come from a retriever fitted without its "
+            "users, which costs a fit for each fold; 0 = from the retriever itself, which has learned from them."
+        },
+    )
 
     knn_window: int = field(
         default=50, metadata={"help": "item_knn: items at most this many steps apart count as neighbours."}
@@ -75,7 +89,9 @@ class RetrieverArguments:
         unknown = sorted(set(self.hybrid_components) - set(SYSTEMS[:-1]))
         if unknown:
             raise ValueError(f"hybrid_components holds {', '.join(unknown)}; it may hold {', '.join(SYSTEMS[:-1])}.")
-        lowest = {"train_positions": 0, "patience": 0, "seed": 0}
+        if self.cross_fit == 1:
+            raise ValueError("cross_fit must be 0 or at least 2: one fold would leave no users to fit on.")
+        lowest = {"train_positions": 0, "patience": 0, "seed": 0, "cross_fit": 0}
         for item in fields(self):
             value = getattr(self, item.name)
             if item.type is int and value < lowest.get(item.name, 1):

@@ -110,11 +110,14 @@ class Sequences:
 
     def train_part(self) -> Self:
         """The same users without their last two items, which are the validation and the test target."""
-        kept = np.maximum(self.lengths - 2, 0)
+        return self.select(np.maximum(self.lengths - 2, 0))
+
+    def select(self, kept: np.ndarray) -> Self:
+        """The same users with their `kept` oldest items alone, int64 [users]; a user may be left with none."""
         place = np.arange(len(self.items)) - np.repeat(self.offsets[:-1], self.lengths)
         return type(self)(
             self.items[place < np.repeat(kept, self.lengths)],
-            np.concatenate([[0], np.cumsum(kept)]),
+            np.concatenate([[0], np.cumsum(kept, dtype=np.int64)]),
             self.num_items,
             self.catalogue,
         )
@@ -164,6 +167,10 @@ class Retriever:
     def log_scores(self, histories: Iterable[Sequence[int]]) -> torch.Tensor:
         """Like `score`, on the scale of log-probabilities up to a constant for each history, so that they add up."""
         return self.score(histories)
+
+    def refit(self, sequences: Sequences) -> "Retriever":
+        """The same retriever with its item statistics counted anew in these sequences; what was learned stays."""
+        return self
 
     def check_catalogue(self, catalogue: str) -> None:
         """Raises ValueError unless this retriever was fitted on the catalogue of that hash."""

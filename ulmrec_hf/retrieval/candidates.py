@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,13 +119,20 @@ def _retrieve_batch(
 
 
 def write_candidates(
-    retriever: Retriever, sequences: Sequences, path: str | os.PathLike, *, k: int = 20, train_positions: int = 5
+    retriever: Retriever,
+    sequences: Sequences,
+    path: str | os.PathLike,
+    *,
+    k: int = 20,
+    train_positions: int = 5,
+    test_retriever: Retriever | None = None,
+    folds: SequenceOf[Retriever] = (),
 ) -> Path:
     """Writes the candidates of train positions, validation and test to one Parquet file, in blocks.
 
     Only the history before a row's position is read, for training positions too. The retriever's weights or counts,
     however, come from the whole train part, so that the lists of training positions are better than those of
-    unseen users would be: the retriever has learned from those very targets.
+    unseen users would be: the retriever has learned from those very targets. `folds` avoids that.
 
     Args:
         retriever: fitted on the train part of the same catalogue.
@@ -132,6 +140,9 @@ def write_candidates(
         path: the file to write.
         k: candidates per row; rows get fewer where the catalogue without the history has fewer.
         train_positions: how many of the newest train positions of each user; 0 = all.
+        test_retriever: for the rows of the test split; `retriever` by default.
+        folds: for the rows of the train split, where given: the f-th of n retrievers, fitted without the users
+            u % n == f, brings their candidates.
 
     Returns:
         The path. Columns: user, split, position, items (the best first, no item of the history), scores, target, and
@@ -146,8 +157,15 @@ def write_candidates(
     with atomic_path(path) as partial, pq.ParquetWriter(partial, CANDIDATES_SCHEMA, compression="zstd") as writer:
         for split in SPLITS:
             rows = split_positions(sequences, split, train_positions)
-            for block in retrieve(retriever, sequences, rows, k, description=f"{retriever.name} candidates ({split})"):
-                writer.write_table(_to_table(block, split))
+            parts = [(test_retriever if split == "test" and test_retriever else retriever, rows)]
+            if split == "train" and folds:
+                users = [rows.users % len(folds) == fold for fold in range(len(folds))]
+                own = (Positions(rows.users[mask], rows.positions[mask]) for mask in users)
+                parts = list(zip(folds, own, strict=True))
+            for its_retriever, its_rows in parts:
+                description = f"{its_retriever.name} candidates ({split})"
+                for block in retrieve(its_retriever, sequences, its_rows, k, description=description):
+                    writer.write_table(_to_table(block, split))
     return path
 
 

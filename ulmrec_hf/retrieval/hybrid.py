@@ -1,22 +1,31 @@
-"""The hybrid: a weighted sum of several retrievers' log-scores, the weights fitted on validation targets."""
+"""The hybrid: several retrievers' best items, ranked together by what the validation targets teach."""
 
+import logging
 import os
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from scipy.optimize import minimize
+from torch import nn
 from tqdm.auto import tqdm
+from transformers import Trainer, TrainingArguments, set_seed
 
 from .base import Retriever, RetrieverConfig, Sequences, load_retriever
 from .candidates import split_positions
 from .ranking import hide, seen_places, top_items
 
+logger = logging.getLogger(__name__)
+
 _BATCH = 256
-_POOL = 100  # the best items of each component that the weights are fitted on
+_POOL = 100  # the best items of each component that are ranked together
 _RIDGE = 1e-3  # keeps a weight that the targets say nothing of at 0
+_HELD_OUT = 5  # every so many users judge the network instead of teaching it
+_FEWEST = 500  # users with a target in the pool below which the weights alone are fitted
 
 
 class HybridConfig(RetrieverConfig):
@@ -24,35 +33,87 @@ class HybridConfig(RetrieverConfig):
 
     Attributes:
         components: the retrievers that are combined; each is saved in a folder of that name.
-        weights: how much the log-scores of each count.
+        network_size: width of the combiner's network; 0 = weights alone.
     """
 
     model_type = "hybrid"
 
     components: list[str] | None = None
-    weights: list[float] | None = None
+    network_size: int = 32
+
+
+class Combiner(nn.Module):
+    """One score from what each retriever says of an item: a weighted sum of log-scores, plus a small network.
+
+    The weighted sum is a product of experts. The network may say what no sum can, such as that an item which two
+    retrievers rank first is better than either says. It starts at zero.
+
+    Args:
+        components: how many retrievers there are.
+        network_size: width of the network; 0 = none.
+    """
+
+    def __init__(self, components: int, network_size: int):
+        super().__init__()
+        self.weights = nn.Parameter(torch.zeros(components))
+        self.register_buffer("mean", torch.zeros(2 * components))
+        self.register_buffer("scale", torch.ones(2 * components))
+        self.network = None
+        if network_size:
+            self.network = nn.Sequential(
+                nn.Linear(2 * components, network_size),
+                nn.GELU(),
+                nn.Dropout(0.2),
+                nn.Linear(network_size, network_size),
+                nn.GELU(),
+                nn.Linear(network_size, 1, bias=False),
+            )
+            nn.init.zeros_(self.network[-1].weight)
+
+    def score(self, features: torch.Tensor) -> torch.Tensor:
+        """float [..., 2 * components], log-scores and then reciprocal ranks -> float [...]."""
+        features = (features - self.mean) / self.scale
+        scores = features[..., : len(self.weights)] @ self.weights
+        return scores if self.network is None else scores + self.network(features).squeeze(-1)
+
+    def forward(self, features: torch.Tensor, real: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The mean cross-entropy of the targets' places, int64 [rows], among the real ones, bool [rows, places]."""
+        scores = self.score(features).masked_fill(~real, -torch.inf)
+        return {"loss": nn.functional.cross_entropy(scores, target)}
 
 
 class HybridRetriever(Retriever):
-    """Scores an item by the weighted sum of the components' log-scores, a product of experts.
+    """Ranks the best 100 items of each component together by a `Combiner`; all others follow by the weighted sum.
 
-    The weights maximise the likelihood of the validation targets under the softmax of that sum (a conditional logit),
-    a concave problem with one number for each component: there is one solution, and little to overfit.
+    The weights maximise the likelihood of the validation targets under the softmax of the sum (a conditional logit), a
+    concave problem with one number for each component. The network then learns from four fifths of the users what the
+    sum cannot say, and stays only as far as it is better for the last fifth.
     """
 
     config_class = HybridConfig
 
-    def __init__(self, config: HybridConfig, components: Sequence[Retriever]):
-        self.config, self.components = config, list(components)
+    def __init__(self, config: HybridConfig, components: Sequence[Retriever], combiner: Combiner):
+        self.config, self.components, self.combiner = config, list(components), combiner.eval()
 
     @classmethod
-    def fit(cls, components: Sequence[Retriever], sequences: Sequences, *, max_users: int = 20_000) -> Self:
-        """Fits the weights.
+    def fit(
+        cls,
+        components: Sequence[Retriever],
+        sequences: Sequences,
+        *,
+        network_size: int = 32,
+        max_users: int = 20_000,
+        seed: int = 42,
+    ) -> Self:
+        """Fits the combiner.
 
         Args:
             components: retrievers that were fitted on the train part alone, of different names.
             sequences: whole sequences; of each user the train part and the validation target are read.
-            max_users: users, evenly spread, that the weights are fitted on.
+            network_size: width of the combiner's network; 0 = the weights alone. With fewer than 500 users whose target
+                a component finds, there is none either.
+            max_users: users, evenly spread, that it is fitted on.
+            seed: of the network.
 
         Raises:
             ValueError: two components of one name, one of another catalogue, or nobody has a validation target.
@@ -62,28 +123,46 @@ class HybridRetriever(Retriever):
             raise ValueError(f"a hybrid combines retrievers of different names; got {', '.join(names) or 'none'}.")
         for component in components:
             component.check_catalogue(sequences.catalogue)
-        weights = fit_weights(*validation_pool(components, sequences, max_users))
+        pools = validation_pools(components, sequences, max_users)
+        combiner = fit_combiner(pools, network_size if len(pools["target"]) >= _FEWEST else 0, seed)
         config = HybridConfig(
             num_items=sequences.num_items,
             catalogue=sequences.catalogue,
             max_history=max(component.config.max_history for component in components),
             components=names,
-            weights=weights.tolist(),
+            network_size=0 if combiner.network is None else network_size,
         )
-        return cls(config, components)
+        return cls(config, components, combiner)
+
+    def refit(self, sequences: Sequences) -> "HybridRetriever":
+        """See `Retriever.refit`; the combiner stays."""
+        return HybridRetriever(self.config, [part.refit(sequences) for part in self.components], self.combiner)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """How much one unit of each component's log-score counts in the weighted sum."""
+        return dict(zip(self.config.components, _linear_weights(self.combiner).tolist(), strict=True))
 
     @torch.inference_mode()
     def score(self, histories: Iterable[Sequence[int]]) -> torch.Tensor:
-        """The weighted sum of log-scores, float32 [batch, num_items + 1]; see `Retriever.score`."""
+        """float32 [batch, num_items + 1], see `Retriever.score`; items of the history follow the components' best."""
         histories = self.newest_items(histories)
-        parts = zip(self.config.weights, self.components, strict=True)
+        scores = [component.log_scores(histories).cpu() for component in self.components]
         # -inf at padding times a weight may be anything: it is set again
-        return hide(sum(weight * component.log_scores(histories) for weight, component in parts))
+        total = hide(sum(weight * part for weight, part in zip(self.weights.values(), scores, strict=True)))
+        items, features, real = pool(scores, seen_places(histories))
+        best = self.combiner.score(features)
+        lowest = best.masked_fill(~real, torch.inf).amin(1, keepdim=True)
+        total += torch.where(lowest.isfinite(), lowest, 0) - 1 - total.amax(1, keepdim=True)
+        rows = real.nonzero()[:, 0]
+        total[rows, items[real]] = best[real]
+        return total
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Writes config.json, and each component into the folder of its name."""
+        """Writes config.json, model.safetensors, and each component into the folder of its name."""
         self.config.architectures = [type(self).__name__]
         self.config.save_pretrained(folder)
+        save_file(self.combiner.state_dict(), Path(folder) / "model.safetensors")
         for component in self.components:
             component.save_pretrained(Path(folder) / component.name)
 
@@ -91,19 +170,40 @@ class HybridRetriever(Retriever):
     def from_pretrained(cls, folder: str | os.PathLike) -> Self:
         """Reads what `save_pretrained` wrote."""
         config = HybridConfig.from_pretrained(folder)
-        return cls(config, [load_retriever(Path(folder) / name) for name in config.components])
+        combiner = Combiner(len(config.components), config.network_size)
+        combiner.load_state_dict(load_file(Path(folder) / "model.safetensors"))
+        return cls(config, [load_retriever(Path(folder) / name) for name in config.components], combiner)
+
+
+def pool(scores: list[torch.Tensor], seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The best items of each component, each once, and what all components say of them.
+
+    Args:
+        scores: the components' log-scores, float32 [batch, num_items + 1] each; changed in place: -inf at seen items.
+        seen: int64 [n, 2], see `seen_places`.
+
+    Returns:
+        Items, int64 [batch, places]; features, float32 [batch, places, 2 * components]: log-scores, then 1 / (1 + rank)
+        by each component; and whether a place holds an item, bool [batch, places].
+    """
+    items = torch.cat([top_items(hide(part, seen), _POOL)[0] for part in scores], 1).sort(1).values
+    values = torch.stack([part.gather(1, items) for part in scores], 2)
+    real = values.isfinite().all(2)
+    real[:, 1:] &= items[:, 1:] != items[:, :-1]
+    values = values.masked_fill(~real[:, :, None], -torch.inf)
+    order = values.argsort(dim=1, descending=True, stable=True)
+    places = torch.arange(2.0, 2.0 + items.shape[1])[None, :, None].expand_as(values)
+    ranks = torch.empty_like(values).scatter_(1, order, places)
+    return items, torch.cat([values, 1 / ranks], 2).masked_fill(~real[:, :, None], 0.0), real
 
 
 @torch.inference_mode()
-def validation_pool(
-    components: Sequence[Retriever], sequences: Sequences, max_users: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """What the weights are fitted on.
+def validation_pools(components: Sequence[Retriever], sequences: Sequences, max_users: int) -> dict[str, torch.Tensor]:
+    """What the combiner is fitted on: one row for each user whose validation target is among the components' best.
 
     Returns:
-        Log-scores, float32 [users, 1 + pool, components], and whether a place holds an item, bool [users, 1 + pool].
-        Place 0 is the user's validation target, the others the components' best items, each once; users whose target
-        is not among the best items are left out.
+        `features`, float32 [users, places, 2 * components], and `real`, bool [users, places], see `pool`, and `target`,
+        int64 [users], the place of the target.
 
     Raises:
         ValueError: nobody has a validation target after a non-empty train part, or no component finds one.
@@ -113,45 +213,86 @@ def validation_pool(
     if not len(users):
         raise ValueError("no user has a validation target after a non-empty train part to fit a hybrid on.")
     users = users[np.unique(np.linspace(0, len(users) - 1, min(max_users, len(users))).astype(np.int64))]
-    pools = []
+    found: dict[str, list[torch.Tensor]] = {"features": [], "real": [], "target": []}
     for start in tqdm(range(0, len(users), _BATCH), desc="hybrid: validation scores", unit="batch"):
-        items = [sequences[user] for user in users[start : start + _BATCH]]
-        histories = [row[:-2] for row in items]
-        seen = seen_places(histories)
-        scores = [hide(component.log_scores(histories).cpu(), seen) for component in components]
-        best = torch.cat([top_items(part, _POOL)[0] for part in scores], 1).numpy()
-        stacked = torch.stack(scores, 2).numpy()
-        for row, target in enumerate(int(sequence[-2]) for sequence in items):
-            values = stacked[row, [target, *np.setdiff1d(best[row], [target])]]
-            # A target that no component finds says nothing of the order within the pool. Adding it would say that high
-            # scores are a bad sign: it is there whatever its scores, all others for their high ones.
-            if target in best[row] and np.isfinite(values[0]).all():
-                pools.append(values[np.isfinite(values).all(1)])
-    if not pools:
+        lists = [sequences[user] for user in users[start : start + _BATCH]]
+        histories = [items[:-2] for items in lists]
+        items, features, real = pool(
+            [component.log_scores(histories).cpu() for component in components], seen_places(histories)
+        )
+        is_target = real & (items == torch.tensor([int(row[-2]) for row in lists])[:, None])
+        # A target that no component finds says nothing of the order within the pool. Adding it would say that high
+        # scores are a bad sign: it is there whatever its scores, all others for their high ones.
+        kept = is_target.any(1)
+        for name, values in (("features", features), ("real", real), ("target", is_target.int().argmax(1))):
+            found[name].append(values[kept])
+    pools = {name: torch.cat(values) for name, values in found.items()}
+    if not len(pools["target"]):
         raise ValueError(f"no validation target is among the {_POOL} best items of any of these retrievers.")
-    features = np.zeros((len(pools), max(map(len, pools), default=0), len(components)), np.float32)
-    real = np.zeros(features.shape[:2], bool)
-    for row, values in enumerate(pools):
-        features[row, : len(values)], real[row, : len(values)] = values, True
-    return features, real
+    return pools
 
 
-def fit_weights(features: np.ndarray, real: np.ndarray) -> np.ndarray:
-    """float64 [components]: the weights under which the softmax over each user's places most expects place 0.
+def fit_combiner(pools: dict[str, torch.Tensor], network_size: int, seed: int) -> Combiner:
+    """Fits the weights, then the network where it helps, on what `validation_pools` returns."""
+    features, real = pools["features"], pools["real"]
+    set_seed(seed)
+    combiner = Combiner(features.shape[2] // 2, network_size)
+    combiner.mean.copy_(features[real].mean(0))
+    combiner.scale.copy_(features[real].std(0).clamp(min=1e-6))
+    taught = torch.arange(len(features)) % _HELD_OUT > 0 if network_size else torch.ones(len(features), dtype=bool)
+    _fit_weights(combiner, {name: values[taught] for name, values in pools.items()})
+    if not network_size:
+        return combiner
+    rows = [dict(zip(pools, values, strict=True)) for values in zip(*pools.values(), strict=True)]
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            combiner,
+            TrainingArguments(
+                folder,
+                seed=seed,
+                num_train_epochs=10,
+                per_device_train_batch_size=64,
+                per_device_eval_batch_size=_BATCH,
+                learning_rate=3e-3,
+                weight_decay=0.01,
+                lr_scheduler_type="cosine",
+                eval_strategy="epoch",
+                save_strategy="epoch",
+                save_only_model=True,
+                save_total_limit=1,
+                load_best_model_at_end=True,
+                label_names=["target"],
+                prediction_loss_only=True,
+                logging_strategy="epoch",
+                remove_unused_columns=False,
+                use_cpu=True,
+                report_to="none",
+            ),
+            train_dataset=[row for row, kept in zip(rows, taught.tolist(), strict=True) if kept],
+            eval_dataset=[row for row, kept in zip(rows, taught.tolist(), strict=True) if not kept],
+        )
+        before = trainer.evaluate()["eval_loss"]
+        trainer.train()
+        after = trainer.evaluate()["eval_loss"]
+    logger.info("hybrid: loss of held-out users %.4f by weights alone, %.4f with the network", before, after)
+    return combiner if after < before else fit_combiner(pools, 0, seed)
 
-    Args:
-        features: float [users, places, components].
-        real: bool [users, places]; other places do not count. Place 0 always is.
-    """
-    mean = features[real].mean(0)
-    features = torch.from_numpy((features - mean).astype(np.float64))
-    hidden = torch.from_numpy(~real)
+
+def _fit_weights(combiner: Combiner, pools: dict[str, torch.Tensor]) -> None:
+    """Sets the weights under which the softmax over each user's places most expects the target."""
+    network, combiner.network = combiner.network, None
 
     def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
-        value = torch.from_numpy(weights).requires_grad_()
-        logits = (features @ value).masked_fill(hidden, -torch.inf)
-        total = (logits.logsumexp(1) - logits[:, 0]).mean() + _RIDGE * value.square().sum()
+        combiner.weights.data.copy_(torch.from_numpy(weights))
+        combiner.weights.grad = None
+        total = combiner(**pools)["loss"] + _RIDGE * _linear_weights(combiner).square().sum()
         total.backward()
-        return total.item(), value.grad.numpy()
+        return total.item(), combiner.weights.grad.double().numpy()
 
-    return minimize(loss, np.full(features.shape[2], 0.5), jac=True, method="L-BFGS-B").x
+    best = minimize(loss, np.full(len(combiner.weights), 0.5), jac=True, method="L-BFGS-B").x
+    combiner.weights.data.copy_(torch.from_numpy(best))
+    combiner.network = network
+
+
+def _linear_weights(combiner: Combiner) -> torch.Tensor:
+    return combiner.weights / combiner.scale[: len(combiner.weights)]

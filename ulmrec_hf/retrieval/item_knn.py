@@ -51,6 +51,11 @@ class ItemKNNRetriever(NeighbourRetriever):
         weights.data /= np.repeat(counts**config.popularity_exponent, np.diff(weights.indptr))
         return cls.from_weights(weights, train, **settings)
 
+    def refit(self, sequences: Sequences) -> "ItemKNNRetriever":
+        """See `Retriever.refit`."""
+        names = ("max_history", "recency", "window", "backward_weight", "popularity_exponent")
+        return self.fit(sequences, **{name: getattr(self.config, name) for name in names})
+
 
 def _sum_pairs(train: Sequences, window: int) -> sparse.csr_array:
     """float64 csr [items + 1, items + 1]: the sum of 1 / distance over the pairs (earlier item, later item)."""

@@ -50,6 +50,10 @@ class NeighbourRetriever(CountingRetriever):
         }
         return cls(cls.config_class(num_items=train.num_items, catalogue=train.catalogue, **settings), arrays)
 
+    def refit(self, sequences: Sequences) -> "NeighbourRetriever":
+        """See `Retriever.refit`; here the counts by which the items follow that no history item leads to."""
+        return type(self)(self.config, self.arrays | {"counts": sequences.counts()})
+
     def score(self, histories: Iterable[Sequence[int]]) -> torch.Tensor:
         """Weighted neighbours of the history, float32 [batch, num_items + 1]; see `Retriever.score`."""
         newest = self.newest_items(histories)

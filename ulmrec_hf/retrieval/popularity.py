@@ -28,6 +28,10 @@ class PopularityRetriever(CountingRetriever):
         config = PopularityConfig(num_items=train.num_items, catalogue=train.catalogue)
         return cls(config, {"counts": train.counts()})
 
+    def refit(self, sequences: Sequences) -> "PopularityRetriever":
+        """See `Retriever.refit`."""
+        return self.fit(sequences)
+
     def score(self, histories: Iterable[Sequence[int]]) -> torch.Tensor:
         """Train counts, float32 [batch, num_items + 1]; see `Retriever.score`."""
         scores = torch.from_numpy(self.arrays["counts"].astype(np.float32))

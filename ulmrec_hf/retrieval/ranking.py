@@ -16,9 +16,8 @@ def seen_places(histories: Sequence[Sequence[int]]) -> torch.Tensor:
 def hide(scores: torch.Tensor, places: torch.Tensor | None = None) -> torch.Tensor:
     """The same tensor of scores, changed in place to -inf at padding and at `places` (see `seen_places`)."""
     scores[:, 0] = -torch.inf
-    if places is None:
-        return scores
-    scores[places[:, 0], places[:, 1]] = -torch.inf
+    if places is not None:
+        scores[places[:, 0], places[:, 1]] = -torch.inf
     return scores
 
 

@@ -35,7 +35,8 @@ def train_retriever(
     `write_candidates`), `ranks.parquet` (user, split, system, rank; 0 = unreachable) of popularity, item_knn, the
     chosen one and what it combines on validation and test, and `training.json` with loss and validation metrics for
     each epoch. Whatever is fitted sees the train parts alone; validation targets choose the epoch and a hybrid's
-    weights, and test targets are only ranked.
+    weights, and test targets are only ranked. With `refit`, item statistics behind the test rows, and in the retriever
+    that is kept, come from the train and validation items.
 
     Args:
         args: the settings.
@@ -47,7 +48,21 @@ def train_retriever(
     def build(folder: Path) -> None:
         sequences, titles = Sequences.load(data_folder), read_titles(data_folder)
         retriever, history = fit_retriever(args.retriever, args, sequences, titles, folder)
-        retriever.save_pretrained(folder)
+        others = {part.name: part for part in getattr(retriever, "components", [])}
+        for name in BASELINES:
+            if name != args.retriever and name not in others:
+                others[name], _ = fit_retriever(name, args, sequences, titles, folder)
+        folds = []
+        for fold in range(args.cross_fit):
+            left_out = np.arange(len(sequences)) % args.cross_fit == fold
+            others_alone = sequences.select(np.where(left_out, 0, sequences.lengths))
+            folds.append(fit_retriever(args.retriever, args, others_alone, titles, folder)[0])
+        # the newest item statistics that each split may use
+        known = sequences.select(np.maximum(sequences.lengths - 1, 0)) if args.refit else None
+        newest = {name: part.refit(known) if known else part for name, part in others.items()}
+        test_retriever = retriever.refit(known) if known else retriever
+
+        test_retriever.save_pretrained(folder)
         write_json(folder / "training.json", {"retriever": retriever.name, "history": history})
         candidates = write_candidates(
             retriever,
@@ -55,15 +70,13 @@ def train_retriever(
             folder / "candidates.parquet",
             k=args.num_candidates,
             train_positions=args.train_positions,
+            test_retriever=test_retriever,
+            folds=folds,
         )
-        others = {part.name: part for part in getattr(retriever, "components", [])}
-        for name in BASELINES:
-            if name != args.retriever and name not in others:
-                others[name], _ = fit_retriever(name, args, sequences, titles, folder)
         tables = [
-            _rank_table(name, split, *target_ranks(other, sequences, split))
-            for name, other in others.items()
-            for split in ("validation", "test")
+            _rank_table(name, split, *target_ranks(part, sequences, split))
+            for split, parts in (("validation", others), ("test", newest))
+            for name, part in parts.items()
         ]
         own = pq.read_table(candidates, columns=["user", "split", "target_rank"])
         for split in ("validation", "test"):
@@ -80,6 +93,22 @@ def train_retriever(
     )
 
 
+def protocol_notes(args: RetrieverArguments) -> list[str]:
+    """What a report must say of how the retriever was fitted."""
+    return [
+        "Whatever is fitted sees the train parts alone; validation targets choose a retriever's epoch and a hybrid's "
+        "combiner.",
+        "Candidates of a training position come from the history before it, and from a retriever "
+        + (
+            f"fitted without that user ({args.cross_fit} folds of users)."
+            if args.cross_fit
+            else "whose weights come from the whole train part, that position included."
+        ),
+        "Item statistics (popularity, item_knn) of the test rows: counted in the train "
+        + ("and validation items (refit)." if args.refit else "items."),
+    ]
+
+
 def fit_retriever(
     name: str, args: RetrieverArguments, sequences: Sequences, titles: list[str], work_folder: Path
 ) -> tuple[Retriever, list[dict[str, float | str]]]:
@@ -94,7 +123,7 @@ def fit_retriever(
         from .hybrid import HybridRetriever
 
         fitted = [fit_retriever(part, args, sequences, titles, work_folder) for part in args.hybrid_components]
-        hybrid = HybridRetriever.fit([retriever for retriever, _ in fitted], sequences)
+        hybrid = HybridRetriever.fit([retriever for retriever, _ in fitted], sequences, seed=args.seed)
         return hybrid, [entry for _, history in fitted for entry in history]
     from .trainer import train_neural_retriever
 

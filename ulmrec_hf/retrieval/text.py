@@ -1,5 +1,6 @@
 """Title text: items whose titles resemble those of the history."""
 
+import functools
 from collections.abc import Sequence as SequenceOf
 from typing import Self
 
@@ -57,6 +58,11 @@ class TextRetriever(NeighbourRetriever):
 
 def encode_titles(titles: SequenceOf[str], encoder: str) -> np.ndarray | sparse.csr_array:
     """Unit vectors of the titles, float32 [titles, dim]: TF-IDF rows (sparse) or a sentence encoder's embeddings."""
+    return _encode_titles(tuple(titles), encoder)
+
+
+@functools.lru_cache(maxsize=1)  # the parts of a hybrid ask for the same
+def _encode_titles(titles: tuple[str, ...], encoder: str) -> np.ndarray | sparse.csr_array:
     if encoder != "tfidf":
         return load_sentence_encoder(encoder).encode(list(titles), normalize_embeddings=True, batch_size=128)
     from sklearn.feature_extraction.text import TfidfVectorizer
