@@ -129,6 +129,15 @@ class RetrieverTrainer(Trainer):
             )
         return loss
 
+    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+        """The mean loss of a batch times its share of the labels: each label counts the same, whatever its batch.
+
+        A batch holds rows of about one length; as a plain mean, a label in a batch of short rows would count for more.
+        """
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        rows = self.train_dataset.lengths
+        return loss * (inputs["labels"] > 0).sum() / (len(inputs["labels"]) * sum(rows) / len(rows))
+
     def prediction_step(
         self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any
     ) -> tuple[None, torch.Tensor, torch.Tensor]:
