@@ -257,6 +257,45 @@ def test_only_user_rows_and_lora_move(tied, bases, user_tokenizer, tmp_path):
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_without_user_tokens_lora_alone_is_trained_saved_and_merged(tied, bases, tmp_path):
+    from safetensors.torch import load_file
+
+    tokenizer = UserTokenizer.from_base(bases[tied], levels=0)
+    folder, model_config = tmp_path / "model", lora_config()
+    extend_base(str(bases[tied]), tokenizer, folder / "base", seed=0)
+    base = {
+        name: load_file(path / "model.safetensors") for name, path in (("old", bases[tied]), ("new", folder / "base"))
+    }
+    assert base["old"].keys() == base["new"].keys()
+    assert all(torch.equal(weight, base["new"][name]) for name, weight in base["old"].items())
+
+    model = add_adapter(load_base(str(folder / "base"), model_config, tokenizer), model_config, tokenizer)
+    assert all("lora_" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    untrained = letter_scores(model, tokenizer)
+    train(model, tokenizer)
+    expected = letter_scores(model, tokenizer)
+    assert (expected - untrained).abs().max() > 1e-3
+    publish_model(model, tokenizer, folder, base=folder / "base", base_saved=True, settings={}, merged=True)
+    assert all("lora_" in name for name in load_file(folder / "adapter" / "adapter_model.safetensors"))
+    torch.testing.assert_close(letter_scores(*load_published(folder)), expected, atol=1e-4, rtol=0)
+    shutil.rmtree(folder / "merged")
+    model, loaded = load_published(folder)
+    torch.testing.assert_close(letter_scores(model, loaded), expected, atol=1e-4, rtol=0)
+    assert loaded.get_vocab() == make_tokenizer().get_vocab()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_without_user_tokens_a_4_bit_base_is_tuned_with_checkpointed_activations(reentrant, bases):
+    tokenizer = UserTokenizer.from_base(bases[False], levels=0)
+    model_config = lora_config(load_in_4bit=True, use_bnb_nested_quant=True)
+    model = add_adapter(load_base(str(bases[False]), model_config, tokenizer), model_config, tokenizer)
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
+    train(model, tokenizer)
+    moved = {name: parameter.any() for name, parameter in model.named_parameters() if "lora_B" in name}
+    assert len(moved) == 4 and all(moved.values())  # they start as zeros
+
+
 def test_extension_is_seeded_and_keeps_old_rows(bases, user_tokenizer, tmp_path):
     for folder, seed in (("first", 0), ("again", 0), ("other", 1)):
         extend_base(str(bases[False]), user_tokenizer, tmp_path / folder, seed=seed)

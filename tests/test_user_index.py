@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ulmrec_hf.user_index import UserIndex, parse_codes, spell_codes
+from ulmrec_hf.user_index import KINDS, UserIndex, parse_codes, spell_codes
 
 
 @pytest.fixture
@@ -106,3 +106,80 @@ def test_report(index):
     assert report["users_alone"] == [1, 2]
     assert report["perplexity"][2] == pytest.approx(2.0)  # two codes, used alike
     assert report["perplexity"][0] == pytest.approx(4 / 3**0.75, abs=1e-3)
+
+
+# ---------------------------------------------------------------- kinds
+
+SPELLED = {
+    "codes": ["<a_2><b_0>", "<a_0><b_31>", "<a_0><b_1>"],
+    "text": ["2-0", "0-31", "0-1"],
+    "number": ["0", "1", "2"],
+    "id": ["ann", "</s> bob", "cy"],
+}
+
+
+def of_kind(kind, **settings):
+    return UserIndex(["ann", "</s> bob", "cy"], np.array([[2, 0], [0, 31], [0, 1]]), 32, kind, **settings)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_spells_and_comes_back_from_its_file(kind, tmp_path):
+    index = of_kind(kind)
+    assert [index.spell(user) for user in index] == SPELLED[kind]
+    for number, before in enumerate((index, index.shuffled(3))):
+        path = tmp_path / f"{number}.parquet"
+        before.to_parquet(path)
+        again = UserIndex.from_parquet(path)
+        assert (again.kind, list(again)) == (kind, list(index))
+        assert [again.spell(user) for user in again] == [before.spell(user) for user in before]
+        assert [again[user] for user in again] == [before[user] for user in before]
+    with pytest.raises(KeyError, match="'zoe' is not among the 3 users"):
+        index.spell("zoe")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_shuffle_deals_out_what_is_spelled(kind):
+    codes = np.stack(np.divmod(np.arange(100), 10), axis=1)
+    index = UserIndex([f"u{user}" for user in range(100)], codes, 10, kind)
+    shuffled = index.shuffled(1)
+    assert list(shuffled) == list(index)
+    dealt, own = ([each.spell(user) for user in index] for each in (shuffled, index))
+    assert sorted(dealt) == sorted(own) and len(set(own)) == 100
+    assert sum(a == b for a, b in zip(dealt, own, strict=True)) < 20
+    # whoever bears a user's name bears that user's codes too
+    by_name = {index.spell(user): index[user] for user in index}
+    assert all(by_name[shuffled.spell(user)] == shuffled[user] for user in shuffled)
+
+
+def test_the_default_file_says_nothing_of_kinds(index, tmp_path):
+    index.shuffled(1).to_parquet(tmp_path / "user_index.parquet")
+    schema = pq.read_schema(tmp_path / "user_index.parquet")
+    assert schema.names == ["user_id", "codes"] and set(schema.metadata) == {b"codebook_size"}
+
+
+def test_a_merged_map_keeps_its_kind_and_numbers_on():
+    new = UserIndex(["dee", "cy"], np.array([[7, 7], [0, 1]]), 32)  # what the indexer makes knows of no kind
+    for kind, last in (("number", "3"), ("id", "dee"), ("text", "7-7")):
+        merged = of_kind(kind).merge(new)
+        assert [merged.spell(user) for user in merged] == [*SPELLED[kind], last]
+    shuffled, new = of_kind("id").shuffled(3), UserIndex(["dee"], np.array([[7, 7]]), 32)
+    assert [shuffled.merge(new).spell(user) for user in shuffled] == [shuffled.spell(user) for user in shuffled]
+    with pytest.raises(ValueError, match="'cy': <a_0><b_1> and <a_5><b_5>"):
+        of_kind("number").merge(UserIndex(["cy"], np.array([[5, 5]]), 32))
+
+
+def test_bad_kinds_and_numbers_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="index_kind is 'hash'; it must be one of codes, text, number, id"):
+        of_kind("hash")
+    for numbers in ([0, 1, 1], [0, 1, 3], [0, 1]):
+        with pytest.raises(ValueError, match="numbers must hold each of 0 to 2 once"):
+            of_kind("number", numbers=np.array(numbers))
+    path = tmp_path / "user_index.parquet"
+    of_kind("id").to_parquet(path)
+    table = pq.read_table(path)
+    pq.write_table(table.slice(1), path)
+    with pytest.raises(ValueError, match=r"user_index.parquet is not a user index: numbers must hold each of 0 to 1"):
+        UserIndex.from_parquet(path)
+    pq.write_table(table.replace_schema_metadata({**table.schema.metadata, b"index_kind": b"hash"}), path)
+    with pytest.raises(ValueError, match=r"user_index.parquet is not a user index: index_kind is 'hash'"):
+        UserIndex.from_parquet(path)

@@ -143,7 +143,7 @@ def add_adapter(
     """Wraps the base so that only LoRA weights and the user tokens' rows are trained.
 
     Rows of the input embeddings and, where untied, of the output layer are trained: two of the tasks answer with user
-    tokens. With `use_peft: false` the model comes back as it is, all of it trainable.
+    tokens. Without user tokens no row is. With `use_peft: false` the model comes back as it is, all of it trainable.
 
     Args:
         model: what `load_base` returned.
@@ -157,12 +157,13 @@ def add_adapter(
     from trl import get_peft_config
 
     if getattr(model, "quantization_method", None) is not None:
-        # The trainer turns gradient checkpointing on where its arguments ask for it; the trained rows already make
-        # the embeddings' output require a gradient.
+        # The trainer turns gradient checkpointing on where its arguments ask for it; the embeddings' output then
+        # requires a gradient, by the trained rows or, where there are none, by transformers' own hook.
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     rows = [index for level in tokenizer.user_token_ids for index in level]
     config = get_peft_config(model_config)
-    config.trainable_token_indices = dict.fromkeys(_embeddings(model), rows)
+    if rows:
+        config.trainable_token_indices = dict.fromkeys(_embeddings(model), rows)
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)

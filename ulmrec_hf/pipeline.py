@@ -86,7 +86,7 @@ class PipelineArguments:
     ablations: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "More systems for the report: no_index (the same tuning without user tokens), index_only (the "
+            "help": "More systems for the report: no_index (the same tuning without a user index), index_only (the "
             "ranker without history), placebo (the same tuning with the indices shuffled among users).",
         },
     )
@@ -147,12 +147,12 @@ class Settings(NamedTuple):
             )
 
     def tokenizer(self) -> "UserTokenizer":
-        """The base's tokenizer with this run's user tokens."""
+        """The base's tokenizer with this run's user tokens, of which an index in plain text has none."""
         from .modeling import load_user_tokenizer
 
-        return load_user_tokenizer(
-            base_path(self.model), self.index.levels, self.index.codebook_size, self.model.model_revision
-        )
+        # unused rows would cost memory and, where they are outputs, probability
+        levels = self.index.levels if self.index.index_kind == "codes" else 0
+        return load_user_tokenizer(base_path(self.model), levels, self.index.codebook_size, self.model.model_revision)
 
 
 def base_path(model: "ModelConfig") -> str:
@@ -195,8 +195,10 @@ def check_letters(tasks: "TaskArguments", tokenizer: "UserTokenizer") -> None:
     LetterVerbalizer(tokenizer, prompt, tasks.num_candidates)
 
 
-def write_task_stage(settings: Settings, folder: Path, user_index: UserIndex, tokenizer: "UserTokenizer") -> Path:
-    """Renders the six tasks with one user index (the real one, or the placebo's) into `folder`."""
+def write_task_stage(
+    settings: Settings, folder: Path, user_index: UserIndex | None, tokenizer: "UserTokenizer"
+) -> Path:
+    """Renders the six tasks with one user index (the real one, the placebo's, or none) into `folder`."""
     from .data.tasks import write_tasks
 
     tables = task_tables(settings)
@@ -237,7 +239,12 @@ def tune(settings: Settings) -> None:
     _barrier(settings.training)()  # the main process comes here when the earlier stages are done
     _tune(settings, RANKER, settings.folder / "model", settings.folder / "data" / "tasks")
     if "no_index" in settings.pipeline.ablations:
-        _tune(settings, NO_INDEX, settings.folder / "ablations" / "no_index", settings.folder / "data" / "tasks")
+        tasks = settings.folder / "data" / "tasks"
+        if settings.index.index_kind != "codes":  # only user tokens can be told from other text and taken out later
+            with settings.training.main_process_first(local=False, desc="rendering the tasks without an index"):
+                folder = settings.folder / "ablations" / "no_index_tasks"
+                tasks = write_task_stage(settings, folder, None, settings.tokenizer())
+        _tune(settings, NO_INDEX, settings.folder / "ablations" / "no_index", tasks)
     if "placebo" in settings.pipeline.ablations:
         folder = settings.folder / "ablations" / "placebo"
         with settings.training.main_process_first(local=False, desc="rendering the placebo's tasks"):
@@ -507,7 +514,7 @@ def _ranks(predictions: pa.Table) -> np.ndarray:
 def _protocol(settings: Settings) -> Sequence[str]:
     from .retrieval.stage import protocol_notes
 
-    evidence = settings.preferences.evidence
+    evidence, kind = settings.preferences.evidence, settings.index.index_kind
     return [
         "Leave-one-out: the last item of each user is the test target, the one before it the validation target.",
         f"Evidence: {evidence}. "
@@ -521,5 +528,6 @@ def _protocol(settings: Settings) -> Sequence[str]:
         f"Evaluation order of the candidates: {settings.tasks.evaluation_order}. Equal scores share the mean of their "
         "places.",
         "random: the exact expectation over all orders of the candidates.",
+        *([f"User index: {kind}, as plain text without user tokens."] if kind != "codes" else []),
         *protocol_notes(settings.retriever),
     ]

@@ -16,10 +16,12 @@ from transformers import Pipeline, PreTrainedModel, PreTrainedTokenizerBase
 from .data.prompts import (
     LETTERS,
     PromptTemplates,
+    check_spellings,
     clean_titles,
     render_candidates,
     render_history,
     reserved_tokens,
+    spell_user,
 )
 from .modeling import ITEMS_FILE, TEMPLATES_FILE, USER_INDEX_FILE, load_published, read_ranker_file
 from .user_index import UserIndex
@@ -51,14 +53,15 @@ class UserRanker:
 
     Args:
         model: the tuned language model.
-        tokenizer: the tokenizer with the user tokens.
+        tokenizer: the tokenizer of the tuning.
         settings: as in tuning.
         templates: as in tuning; the package's own by default.
-        user_index: spells a user id as user tokens; without one every user is ranked by history alone.
+        user_index: spells a user id as in tuning; without one every user is ranked by history alone.
         titles: the title of each item id.
 
     Raises:
-        ValueError: the letters are not single tokens of this tokenizer (see `LetterVerbalizer`).
+        ValueError: the letters are not single tokens of this tokenizer (see `LetterVerbalizer`), or two user ids are
+            spelled alike.
     """
 
     def __init__(
@@ -79,6 +82,8 @@ class UserRanker:
         self._item_ids = {title: item_id for item_id, title in reversed(self.titles.items())}
         self._templates = templates or PromptTemplates.from_yaml()
         self._reserved = reserved_tokens(tokenizer)
+        if user_index is not None:
+            check_spellings(user_index, tokenizer, self._reserved)
         self._verbalizer = LetterVerbalizer(tokenizer, self._render("", [], []), self.settings.num_candidates)
         self._told_unknown = False
 
@@ -246,7 +251,7 @@ class UserRanker:
         if not isinstance(user_id, str):
             raise ValueError(f"user ids are strings, {str(user_id)!r} say; got {user_id!r}.")
         if user_id in self.user_index:
-            return self.user_index.spell(user_id)
+            return spell_user(self.user_index, user_id, self._reserved)
         if not self._told_unknown:
             logger.warning(
                 "User %r has no user index and is ranked by history alone; later such users are not named.", user_id

@@ -36,7 +36,8 @@ class UserTokenizer(TokenizersBackend):
         Args:
             base: a hub id, a folder, or a loaded tokenizer. The backend that `AutoTokenizer` gives is the one kept,
                 which for Llama-2 is not the one that its tokenizer.json describes.
-            levels: codes in a user index, 1 to 26 (one letter a level).
+            levels: codes in a user index, 1 to 26 (one letter a level); 0 adds no user tokens, for an index that is
+                spelled as plain text.
             codebook_size: values that a code can take.
             kwargs: handed on to `AutoTokenizer.from_pretrained`, such as `revision`.
 
@@ -44,8 +45,11 @@ class UserTokenizer(TokenizersBackend):
             ValueError: the base already holds one of the user tokens (unless it is a UserTokenizer of the same size),
                 has no fast backend, or has neither a pad nor an end token; or a size is out of range.
         """
-        if not 1 <= levels <= len(ascii_lowercase):
-            raise ValueError(f"levels must be 1 to {len(ascii_lowercase)} (one letter a level), got {levels}.")
+        if not 0 <= levels <= len(ascii_lowercase):
+            raise ValueError(
+                f"levels must be 1 to {len(ascii_lowercase)} (one letter a level), or 0 for no user tokens; "
+                f"got {levels}."
+            )
         if codebook_size < 1:
             raise ValueError(f"codebook_size must be at least 1, got {codebook_size}.")
         if isinstance(base, str | os.PathLike):
@@ -94,7 +98,7 @@ class UserTokenizer(TokenizersBackend):
 
     @property
     def levels(self) -> int:
-        """Codes in a user index."""
+        """Codes in a user index that are user tokens; 0 where it has none."""
         return self._settings["levels"]
 
     @property

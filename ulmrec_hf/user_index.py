@@ -3,7 +3,8 @@
 import os
 import re
 import string
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
@@ -41,19 +42,50 @@ def perplexity(codes: np.ndarray, codebook_size: int) -> float:
     return float(np.exp(-(share * np.log(share)).sum()))
 
 
+def pack_codes(codes: np.ndarray, codebook_size: int) -> np.ndarray:
+    """One int64 a row: the codes read as a number in base `codebook_size`, the first level the most significant."""
+    keys = np.zeros(len(codes), np.int64)
+    for level in np.asarray(codes).T:
+        keys = keys * codebook_size + level
+    return keys
+
+
+# How a user's index is spelled, by (map, row). The paper's Figure 9 compares codes, numbers and ids.
+KINDS: dict[str, Callable[["UserIndex", int], str]] = {
+    "codes": lambda index, row: spell_codes(index.codes[row]),
+    "text": lambda index, row: "-".join(map(str, index.codes[row])),
+    "number": lambda index, row: str(index.numbers[row]),
+    "id": lambda index, row: index.user_ids[index.numbers[row]],
+}
+NUMBERED = ("number", "id")  # these are spelled by a row's number, not by its codes
+
+
 class UserIndex:
-    """The codes of every user.
+    """The codes of every user, and how they are spelled.
 
     Args:
         user_ids: one id a user, all different.
         codes: integers, shape [users, levels], each in [0, codebook_size), all rows different.
         codebook_size: codes per level, at most 65,536.
+        kind: what `spell` writes: `codes`, user tokens; `text`, the same codes as plain text; `number`, the user's row
+            in the map; `id`, the user id, as it is (see `ulmrec_hf.data.prompts.spell_user`).
+        numbers: the row whose number and id each user bears: its own, but in a shuffled map.
 
     Raises:
-        ValueError: two users share an id or a row of codes (the first such pair is named), or a code is out of range.
+        ValueError: two users share an id or a row of codes (the first such pair is named), a code is out of range,
+            there is no such kind, or numbers do not hold every row once.
     """
 
-    def __init__(self, user_ids: Sequence[str], codes: np.ndarray, codebook_size: int):
+    def __init__(
+        self,
+        user_ids: Sequence[str],
+        codes: np.ndarray,
+        codebook_size: int,
+        kind: str = "codes",
+        numbers: np.ndarray | None = None,
+    ):
+        if kind not in KINDS:
+            raise ValueError(f"index_kind is {kind!r}; it must be one of {', '.join(KINDS)}.")
         codes = np.asarray(codes)
         if codes.ndim != 2 or not 1 <= codes.shape[1] <= MAX_LEVELS or not np.issubdtype(codes.dtype, np.integer):
             raise ValueError(
@@ -75,6 +107,12 @@ class UserIndex:
         self.codes = np.ascontiguousarray(codes, dtype=np.uint16)
         self.codes.flags.writeable = False
         self.codebook_size = int(codebook_size)
+        self.kind = kind
+        rows = np.arange(len(codes), dtype=np.int32)
+        self.numbers = rows if numbers is None else np.array(numbers, dtype=np.int32)
+        if not np.array_equal(np.sort(self.numbers), rows):
+            raise ValueError(f"numbers must hold each of 0 to {len(codes) - 1} once, one for each user.")
+        self.numbers.flags.writeable = False
         self._rows: dict[str, int] = {}
         for row, user_id in enumerate(self.user_ids):
             first = self._rows.setdefault(user_id, row)
@@ -110,24 +148,62 @@ class UserIndex:
         return user_id in self._rows
 
     def __getitem__(self, user_id: str) -> tuple[int, ...]:
+        return tuple(self.codes[self._row(user_id)].tolist())
+
+    def _row(self, user_id: str) -> int:
         if user_id not in self._rows:
             raise KeyError(f"User {user_id!r} is not among the {len(self)} users of this index.")
-        return tuple(self.codes[self._rows[user_id]].tolist())
+        return self._rows[user_id]
 
     def __repr__(self) -> str:
         return f"UserIndex(users={len(self)}, levels={self.levels}, codebook_size={self.codebook_size})"
 
     def spell(self, user_id: str) -> str:
-        """The user's index as user tokens, such as `<a_219><b_2><c_95><d_238>`."""
-        return spell_codes(self[user_id])
+        """The user's index as text: by default user tokens, such as `<a_219><b_2><c_95><d_238>`; see `kind`."""
+        return KINDS[self.kind](self, self._row(user_id))
+
+    @cached_property
+    def keys(self) -> np.ndarray:
+        """int64 [users], sorted: every user's codes as one number, see `pack_codes`."""
+        return np.sort(pack_codes(self.codes, self.codebook_size))
+
+    def merge(self, other: "UserIndex") -> "UserIndex":
+        """The users of both maps, those of `other` that are new after the others; equal entries are one.
+
+        It is spelled as this map is; new users are numbered on.
+
+        Raises:
+            ValueError: the maps have other levels or codebook sizes, a user has another index in each, or two users
+                have the same one; the first of them is named.
+        """
+        if (self.levels, self.codebook_size) != (other.levels, other.codebook_size):
+            raise ValueError(
+                f"a map of {self.levels} levels of {self.codebook_size} codes and one of {other.levels} of "
+                f"{other.codebook_size} cannot be merged."
+            )
+        conflicts = [user for user in other if user in self and self[user] != other[user]]
+        if conflicts:
+            raise ValueError(
+                f"{len(conflicts)} users have two different indices, such as {conflicts[0]!r}: "
+                f"{spell_codes(self[conflicts[0]])} and {spell_codes(other[conflicts[0]])}. Keep one map's and leave "
+                "them out of the other."
+            )
+        new = [row for row, user in enumerate(other) if user not in self]
+        user_ids = [*self.user_ids, *(other.user_ids[row] for row in new)]
+        codes = np.concatenate([self.codes, other.codes[new]])
+        numbers = np.concatenate([self.numbers, np.arange(len(self), len(user_ids))])
+        return UserIndex(user_ids, codes, self.codebook_size, self.kind, numbers)
 
     def shuffled(self, seed: int) -> "UserIndex":
-        """The same users and the same set of codes, dealt out anew: what a placebo run uses."""
+        """The same users and the same set of codes (numbers, ids), dealt out anew: what a placebo run uses."""
         order = np.random.default_rng(seed).permutation(len(self))
-        return UserIndex(self.user_ids, self.codes[order], self.codebook_size)
+        return UserIndex(self.user_ids, self.codes[order], self.codebook_size, self.kind, self.numbers[order])
 
     def to_parquet(self, path: str | os.PathLike) -> None:
-        """Writes columns user_id and codes (list<uint16>) atomically; codebook_size goes into the schema metadata."""
+        """Writes columns user_id and codes (list<uint16>) atomically; codebook_size goes into the schema metadata.
+
+        A kind other than codes goes there as index_kind; number and id also have the column number (int32).
+        """
         offsets = np.arange(0, self.codes.size + 1, self.levels, dtype=np.int32)
         table = pa.table(
             {
@@ -135,7 +211,12 @@ class UserIndex:
                 "codes": pa.ListArray.from_arrays(pa.array(offsets), pa.array(self.codes.ravel())),
             }
         )
-        write_table(path, table.replace_schema_metadata({"codebook_size": str(self.codebook_size)}))
+        metadata = {"codebook_size": str(self.codebook_size)}
+        if self.kind != "codes":
+            metadata["index_kind"] = self.kind
+        if self.kind in NUMBERED:
+            table = table.append_column("number", pa.array(self.numbers))
+        write_table(path, table.replace_schema_metadata(metadata))
 
     @classmethod
     def from_parquet(cls, path: str | os.PathLike) -> "UserIndex":
@@ -158,7 +239,18 @@ class UserIndex:
         if len(lengths) != 1 or codes.flatten().null_count:
             raise ValueError(f"{path} is not a user index: every user needs the same number of codes, none missing.")
         flat = codes.flatten().to_numpy()
-        return cls(table["user_id"].to_pylist(), flat.reshape(len(table), -1), int(metadata[b"codebook_size"]))
+        kind = metadata.get(b"index_kind", b"codes").decode()
+        numbers = table["number"].to_numpy() if kind in NUMBERED and "number" in table.column_names else None
+        try:
+            return cls(
+                table["user_id"].to_pylist(),
+                flat.reshape(len(table), -1),
+                int(metadata[b"codebook_size"]),
+                kind,
+                numbers,
+            )
+        except ValueError as error:
+            raise ValueError(f"{path} is not a user index: {error}") from None
 
     def report(self) -> dict:
         """How well the codes are used.

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ulmrec_hf.indexing.assignment import assign_new, assign_unique, count_collisions, nearest_codes
+from ulmrec_hf.user_index import pack_codes
 
 
 def make_codebooks(levels: int, size: int, dim: int = 4, seed: int = 0) -> np.ndarray:
@@ -99,9 +100,9 @@ def test_new_users_get_free_codes_and_leave_the_others_alone(old, new, size, see
     used = assign_unique(vectors[:old], codebooks)
     if old + new > size**2:
         with pytest.raises(ValueError, match="do not fit"):
-            assign_new(vectors[-new:], codebooks, used)
+            assign_new(vectors[-new:], codebooks, np.sort(pack_codes(used, size)))
         return
-    codes = assign_new(vectors[-new:], codebooks, used)
+    codes = assign_new(vectors[-new:], codebooks, np.sort(pack_codes(used, size)))
     check_unique(np.concatenate([used, codes]), old + new, 2, size)
 
 
@@ -114,8 +115,9 @@ def test_new_user_takes_the_nearest_codes_if_free():
     assert any(free)
     for vector, row, is_free in zip(vectors[40:], nearest, free, strict=True):
         if is_free:
-            np.testing.assert_array_equal(assign_new(vector[None], codebooks, used)[0], row)
-    taken = assign_new(vectors[:1], codebooks, used)[0]  # its own codes are in use: another last code, same prefix
+            np.testing.assert_array_equal(assign_new(vector[None], codebooks, np.sort(pack_codes(used, 16)))[0], row)
+    # its own codes are in use: another last code, same prefix
+    taken = assign_new(vectors[:1], codebooks, np.sort(pack_codes(used, 16)))[0]
     np.testing.assert_array_equal(taken[:3], used[0, :3])
     assert taken[3] != used[0, 3]
 

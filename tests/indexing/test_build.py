@@ -1,16 +1,14 @@
 import json
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from tests.data_stage import TASTES, write_data_stage
 from ulmrec_hf.indexing import encoder as encoders
 from ulmrec_hf.indexing.arguments import IndexArguments
-from ulmrec_hf.indexing.assignment import assign_new
 from ulmrec_hf.indexing.build import index_users
-from ulmrec_hf.indexing.encoder import load_encoder
-from ulmrec_hf.indexing.indexer import UserDataset, UserIndexer, latent_vectors
-from ulmrec_hf.texts import read_user_texts
+from ulmrec_hf.indexing.indexer import UserIndexer
 from ulmrec_hf.user_index import UserIndex
 
 SMALL = {"codebook_size": 8, "levels": 3, "code_dim": 6, "embedding_dim": 16, "steps": 20, "autoencoder_steps": 10}
@@ -29,7 +27,8 @@ def test_every_user_has_an_index_of_their_own(stage):
     report = json.loads((stage / "report.json").read_text())
     assert report["users"] == 60 and report["collisions_after"] == 0 <= report["collisions_before"]
     assert len(report["codes_used"]) == len(report["perplexity"]) == len(report["reconstruction_error"]) == 3
-    assert (report["text"], report["users_without_text"], report["encoder"]) == ("reviews", 0, "tfidf")
+    assert (report["inputs"], report["users_without_inputs"], report["encoder"]) == ("reviews x 1", 0, "tfidf")
+    assert report["lift_heldout"][0] > 1 and not (stage / "embeddings").exists()
     assert (stage / "stage.json").is_file()
 
 
@@ -41,18 +40,80 @@ def test_users_of_one_taste_are_near(stage):
     assert agree[same].mean() > 3 * agree[tastes[:, None] != tastes].mean()
 
 
-def test_saved_indexer_gives_the_index_again_and_indexes_new_users(stage):
-    indexer = UserIndexer.from_pretrained(stage / "indexer").eval()
-    encoder = load_encoder(stage / "indexer" / "encoder")
-    assert (encoder.name, encoder.dim) == (indexer.encoder_name, indexer.embedding_dim)
-    users = read_user_texts(stage.parent / "data")
-    ids = [users.of_user(user) for user in range(60)]
-    dataset = UserDataset(encoder.encode(users.texts), ids, encoder.encode_user_ids(users.user_ids), 50)
-    latents = latent_vectors(indexer, dataset).numpy()
+def test_saved_indexer_indexes_new_users_near_their_like(stage):
+    indexer = UserIndexer.from_pretrained(stage / "indexer")
     index = UserIndex.from_parquet(stage / "user_index.parquet")
-    free = assign_new(latents[:5], indexer.codebooks.numpy(), index.codes)
-    assert not {tuple(row) for row in free.tolist()} & {index[user] for user in index}
-    np.testing.assert_array_equal(free[:, 0], index.codes[:5, 0])
+    interactions = pq.read_table(stage.parent / "data" / "interactions.parquet").to_pandas()
+    whole = index
+    for user in range(8):
+        rows = interactions[interactions["user"] == user][:-2]
+        reviews = [f"{row.summary or ''} {row.review}".strip() for row in rows.itertuples()]
+        new = indexer.index(reviews, used=whole, user_id=f"new{user}")
+        assert new.codes[0, 0] == index.codes[user, 0]  # what they wrote decides, not their ids
+        whole = whole.merge(new)
+    assert len(whole) == 68 and whole.codes[:60].tolist() == index.codes.tolist()
+    with pytest.raises(ValueError, match="User 'new0' has an index already"):
+        indexer.index(["again"], used=whole, user_id="new0")
+    with pytest.raises(ValueError, match="titles: this index was made from reviews"):
+        indexer.index(["again"], used=whole, user_id="other", titles=["tent"])
+
+
+def test_any_mix_of_inputs(tmp_path):
+    write_data_stage(tmp_path / "data")
+    args = IndexArguments(
+        inputs=["titles", "cooccurrence"], input_weights=[1.0, 2.0], attention=False, cooccurrence_dim=8, **SMALL
+    )
+    folder = index_users(args, tmp_path / "data", tmp_path)
+    report = json.loads((folder / "report.json").read_text())
+    assert report["inputs"] == "titles x 1, cooccurrence x 2" and report["lift_heldout"][0] > 1
+    assert {file.name for file in (folder / "indexer").iterdir()} - {"README.md"} == {
+        "config.json",
+        "encoder",
+        "inputs.json",
+        "item_vectors.safetensors",
+        "items.json",
+        "model.safetensors",
+    }
+    indexer = UserIndexer.from_pretrained(folder / "indexer")
+    index = UserIndex.from_parquet(folder / "user_index.parquet")
+    sequences = pq.read_table(tmp_path / "data" / "sequences.parquet").to_pandas()
+    items = pq.read_table(tmp_path / "data" / "items.parquet").to_pandas().set_index("item")
+    for user in (0, 17):
+        train = sequences["items"][user][:-2]
+        values = {"titles": items["title"][train].tolist(), "cooccurrence": items["item_id"][train].tolist()}
+        new = indexer.index(used=index, user_id="new", **values)
+        assert new.codes[0, 0] == index.codes[user, 0]  # what a user did, not who, decides without attention
+    with pytest.raises(ValueError, match="one value for each interaction; got 1 titles, 2 cooccurrence"):
+        indexer.index(used=index, user_id="new", titles=["a"], cooccurrence=["b", "c"])
+
+
+def test_an_input_that_the_data_does_not_have(tmp_path):
+    write_data_stage(tmp_path / "data", 20)
+    with pytest.raises(ValueError, match=r"inputs holds ratings, but .* has none in its train part"):
+        index_users(IndexArguments(inputs=["titles", "ratings"], **SMALL), tmp_path / "data", tmp_path)
+
+
+def test_a_killed_run_goes_on_with_its_embeddings_and_ends_with_the_same_bytes(tmp_path, monkeypatch):
+    for run in ("whole", "killed"):
+        write_data_stage(tmp_path / run / "data", 20)
+    whole = index_users(IndexArguments(**SMALL), tmp_path / "whole" / "data", tmp_path / "whole")
+
+    def kill(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ulmrec_hf.indexing.indexer.train_indexer", kill)
+        with pytest.raises(KeyboardInterrupt):
+            index_users(IndexArguments(**SMALL), tmp_path / "killed" / "data", tmp_path / "killed")
+    shards = list((tmp_path / "killed" / "index.partial" / "embeddings").rglob("*.safetensors"))
+    assert shards
+    encode = encoders.TfidfEncoder.encode
+    asked = []
+    monkeypatch.setattr(encoders.TfidfEncoder, "encode", lambda self, texts: asked.append(texts) or encode(self, texts))
+    killed = index_users(IndexArguments(**SMALL), tmp_path / "killed" / "data", tmp_path / "killed")
+    assert not asked
+    for name in ("user_index.parquet", "report.json", "indexer/model.safetensors"):
+        assert (whole / name).read_bytes() == (killed / name).read_bytes(), name
 
 
 @pytest.mark.parametrize("reviews", [True, False])
@@ -65,15 +126,23 @@ def test_held_out_interactions_change_no_byte(reviews, tmp_path):
         file.relative_to(folders[0]) for file in folders[0].rglob("*") if file.is_file() and file.name != "stage.json"
     ]
     assert len(files) >= 7
+    reports = {"report.json", "report.md", "lift.png"}  # the lift of held-out items reads them
     for file in files:
-        assert (folders[0] / file).read_bytes() == (folders[1] / file).read_bytes(), file
+        if file.name not in reports:
+            assert (folders[0] / file).read_bytes() == (folders[1] / file).read_bytes(), file
+    changed = [json.loads((folder / "report.json").read_text()) for folder in folders]
+    assert {name for name in changed[0] if changed[0][name] != changed[1][name]} <= {
+        "lift_heldout",
+        "lift_heldout_interval",
+        "shared_heldout",
+    }
 
 
 def test_user_without_text_is_told_and_counted(tmp_path, caplog):
     write_data_stage(tmp_path / "data", 20, silent=(3, 4))
     folder = index_users(IndexArguments(**SMALL), tmp_path / "data", tmp_path)
-    assert json.loads((folder / "report.json").read_text())["users_without_text"] == 2
-    assert "2 users have no text in their train part" in caplog.text
+    assert json.loads((folder / "report.json").read_text())["users_without_inputs"] == 2
+    assert "2 users have nothing in their train part" in caplog.text
     assert len(UserIndex.from_parquet(folder / "user_index.parquet")) == 20
 
 
@@ -84,7 +153,8 @@ def test_nan_embeddings(tmp_path, monkeypatch):
     )
     with pytest.raises(ValueError, match=r"'tfidf' gave NaN or infinite embeddings for \d+ of \d+ texts"):
         index_users(IndexArguments(**SMALL), tmp_path / "data", tmp_path)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["data"]  # nothing half-written
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["data", "index.partial"]
+    assert not list((tmp_path / "index.partial").rglob("*.safetensors"))  # nothing half-written
 
 
 def test_codebook_too_small(tmp_path):
@@ -105,7 +175,11 @@ def test_not_run_again_and_other_settings_refused(stage):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"text": "both"}, "text is 'both'; it must be one of auto, reviews, titles"),
+        ({"inputs": ["words"]}, "inputs is .'words'.; it must hold some of auto, reviews, titles, cooccurrence"),
+        ({"inputs": ["auto", "titles"]}, "inputs holds auto, which stands for reviews or titles"),
+        ({"input_weights": [1, 2]}, "input_weights has 2 numbers for 1 inputs"),
+        ({"input_weights": [0]}, "each must be above 0"),
+        ({"pooling": "sum"}, "pooling is 'sum'; it must be one of auto, cls, mean, max"),
         ({"preset": "best"}, "preset is 'best'"),
         ({"codebook_size": 0}, "codebook_size is 0; it must be between 1 and 65536"),
         ({"levels": 27}, "levels is 27; it must be between 1 and 26"),

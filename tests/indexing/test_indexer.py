@@ -14,6 +14,7 @@ from ulmrec_hf.indexing.indexer import (
     reconstruction_errors,
     train_indexer,
 )
+from ulmrec_hf.indexing.inputs import ArrayTable, Input
 
 SIZES = {"embedding_dim": 16, "codebook_size": 8, "levels": 3, "code_dim": 6, "hidden_sizes": (24,)}
 
@@ -27,7 +28,9 @@ def dataset() -> UserDataset:
     texts = (texts / np.linalg.norm(texts, axis=1, keepdims=True)).astype(np.float32)
     ids = [random.integers(60, size=1 + user % 6) + 60 * (user % 8) for user in range(239)] + [np.array([], int)]
     users = random.normal(size=(240, 16)).astype(np.float32) / 4
-    return UserDataset(texts, ids, users, max_reviews=4)
+    offsets = np.cumsum([0, *map(len, ids)])
+    inputs = [Input(ArrayTable(texts), np.concatenate(ids).astype(np.int32))]
+    return UserDataset(inputs, offsets, ArrayTable(users), max_reviews=4)
 
 
 def make_trained(dataset: UserDataset, **settings) -> UserIndexer:
@@ -46,6 +49,15 @@ def test_newest_texts_padded(dataset):
     batch = dataset.collate([5, 0, 239])
     assert batch["texts"].shape == (3, 4, 16) and batch["user_ids"].shape == (3, 16)
     assert batch["mask"].tolist() == [[True] * 4, [True, False, False, False], [False] * 4]
+
+
+def test_inputs_are_joined_by_weight_and_interactions_without_any_left_out():
+    tables = ArrayTable(np.eye(2, dtype=np.float32)), ArrayTable(np.ones((1, 1), np.float32))
+    inputs = [Input(tables[0], np.array([0, -1, 1, -1])), Input(tables[1], np.array([-1, -1, 0, 0]), weight=0.5)]
+    dataset = UserDataset(inputs, np.array([0, 3, 4]), None, max_reviews=50)
+    batch = dataset.collate([0, 1])
+    assert batch["texts"].tolist() == [[[1, 0, 0], [0, 1, 0.5]], [[0, 0, 0.5], [0, 0, 0]]]
+    assert batch["mask"].tolist() == [[True, True], [True, False]]
 
 
 def test_attention_is_eq_1():

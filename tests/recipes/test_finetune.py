@@ -234,6 +234,52 @@ def test_held_out_interactions_change_nothing_that_is_trained(swapped, small_set
     assert (given / test_rows).read_bytes() != (other / test_rows).read_bytes()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["text", "number", "id"])
+def test_a_run_with_another_kind_of_user_index(kind, small_settings, tmp_path):
+    from transformers import AutoTokenizer
+
+    from ulmrec_hf.pipeline import base_path
+    from ulmrec_hf.ranker import UserRanker
+    from ulmrec_hf.user_index import UserIndex
+
+    index_config = tmp_path / "index.yaml"
+    given = yaml.safe_load((small_settings.parent / "index_config.yaml").read_text(encoding="utf-8"))
+    index_config.write_text(yaml.safe_dump({**given, "index_kind": kind}), encoding="utf-8")
+    folder = tmp_path / "run"
+    argv = ["--config", str(small_settings), "--output_dir", str(folder), *SMALL, "--index_config", str(index_config)]
+    done = launch([FINETUNE, *argv])
+    assert done.returncode == 0, done.stderr[-4000:]
+
+    index = UserIndex.from_parquet(folder / "model" / "user_index.parquet")
+    assert index.kind == kind
+    own = [index.spell(user) for user in index]
+    tasks = {
+        name: pq.read_table(next((folder / path / "history_to_index").glob("train-*.parquet"))).to_pylist()
+        for name, path in (
+            ("ulmrec", "data/tasks"), ("placebo", "ablations/placebo/tasks"), ("no_index", "ablations/no_index_tasks")
+        )
+    }  # fmt: skip
+    assert [row["completion"] for row in tasks["ulmrec"]] == own
+    dealt = [row["completion"] for row in tasks["placebo"]]
+    assert sorted(dealt) == sorted(own) and sum(a == b for a, b in zip(dealt, own, strict=True)) < len(own) / 5
+    assert {row["completion"] for row in tasks["no_index"]} == {""}
+    for path in (folder / "ablations" / "no_index_tasks").rglob("*.parquet"):
+        for row in pq.read_table(path).to_pylist():
+            assert "### User:\n\n### " in row["prompt"] or "### User:" not in row["prompt"]
+    systems = {row["system"] for row in read_json(folder / "report" / "metrics.json")}
+    assert {"ulmrec", "ulmrec_no_index", "ulmrec_placebo", "ulmrec_index_only"} <= systems
+    assert f"User index: {kind}, as plain text" in (folder / "report" / "report.md").read_text(encoding="utf-8")
+
+    settings = load_recipe("finetune").parse(argv)
+    base = AutoTokenizer.from_pretrained(base_path(settings.model))
+    assert AutoTokenizer.from_pretrained(folder / "model" / "adapter").get_vocab() == base.get_vocab()
+    assert not read_json(folder / "model" / "adapter" / "adapter_config.json")["trainable_token_indices"]
+    ranker = UserRanker.from_pretrained(folder / "model", device="cpu")
+    assert f"### User:\n{own[3]}\n### " in ranker.prompt([*index][3], [], ["ocean stove"])
+    load_recipe("finetune").main(argv)  # nothing is done twice
+
+
 BAD_SETTINGS = [
     (["--num_candidates", "60"], "num_candidates is 60"),
     (["--num_candidates", "30"], "raise it in retriever_config"),
@@ -266,6 +312,13 @@ def test_an_unknown_key_is_an_error(small_settings, tmp_path):
     stage.write_text("epoch: 3\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"stage.yaml: unknown settings epoch"):
         load_recipe("finetune").parse(["--config", str(small_settings), "--retriever_config", str(stage)])
+
+
+def test_an_unknown_kind_of_user_index_is_an_error(small_settings, tmp_path):
+    stage = tmp_path / "index.yaml"
+    stage.write_text("index_kind: hash\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="index_kind is 'hash'; it must be one of codes, text, number, id"):
+        load_recipe("finetune").parse(["--config", str(small_settings), "--index_config", str(stage)])
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "configs").rglob("*.yaml")), ids=lambda path: path.stem)

@@ -7,12 +7,15 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import yaml
 
 from ..verbalizer import LETTERS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from ..user_index import UserIndex
 
 TASKS = (
     "next_item",
@@ -83,6 +86,39 @@ def clean_titles(
         text[: offsets[max_tokens][0]].rstrip() or NONE if len(offsets) > max_tokens else text
         for text, offsets in zip(texts, encoded["offset_mapping"], strict=True)
     ]
+
+
+def spell_user(user_index: "UserIndex", user_id: str, reserved: Iterable[str] = ()) -> str:
+    """A user's index as prompts and completions show it: user tokens, or neutralised text, for an id may be anything.
+
+    Raises:
+        KeyError: the map does not hold the user.
+    """
+    text = user_index.spell(user_id)
+    return text if user_index.kind == "codes" else neutralise(text, reserved) or NONE
+
+
+def check_spellings(user_index: "UserIndex", tokenizer: "PreTrainedTokenizerBase", reserved: Sequence[str]) -> None:
+    """Raises ValueError, naming both, where two users are the same to a model; codes and numbers never are.
+
+    Args:
+        user_index: of the kind `id`; any other passes.
+        tokenizer: tokens are compared, since its normalizer may fold what differs as text.
+        reserved: what `reserved_tokens(tokenizer)` returned.
+    """
+    seen: dict[bytes, str] = {}
+    user_ids = user_index.user_ids if user_index.kind == "id" else []
+    for begin in range(0, len(user_ids), 1000):
+        part = user_ids[begin : begin + 1000]
+        texts = [neutralise(user_id, reserved) or NONE for user_id in part]
+        encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        for user_id, text, ids in zip(part, texts, encoded, strict=True):
+            first = seen.setdefault(np.array(ids, np.int32).tobytes(), user_id)
+            if first != user_id:
+                raise ValueError(
+                    f"index_kind is id, but the users {first!r} and {user_id!r} are both spelled {text!r} in a prompt: "
+                    "rename one of them, or choose another index_kind."
+                )
 
 
 def render_history(titles: Sequence[str], ratings: Sequence[str] | None = None) -> str:

@@ -24,10 +24,12 @@ from .prompts import (
     TASKS,
     USER_TOKENS,
     PromptTemplates,
+    check_spellings,
     neutralise,
     render_candidates,
     render_history,
     reserved_tokens,
+    spell_user,
 )
 
 if TYPE_CHECKING:
@@ -163,14 +165,15 @@ class TaskRows:
         items: item int32 (1..n, all of them), title str.
         candidates: user, split, position, items list<int32> (the retriever's order).
         preferences: user, position, preference str.
-        user_index: spells a user id as user tokens.
+        user_index: spells a user id; None renders rows without a user index.
         tokenizer: counts tokens; a fast one.
 
     Attributes:
         skipped: rows left out, by task and split.
 
     Raises:
-        ValueError: tables that do not fit together, or a template that names an unknown field.
+        ValueError: tables that do not fit together, a template that names an unknown field, or two user ids that are
+            spelled alike.
     """
 
     def __init__(
@@ -181,7 +184,7 @@ class TaskRows:
         items: pa.Table,
         candidates: pa.Table,
         preferences: pa.Table,
-        user_index: "UserIndex",
+        user_index: "UserIndex | None",
         tokenizer: "PreTrainedTokenizerBase",
     ):
         self.args = args
@@ -189,6 +192,8 @@ class TaskRows:
         self._tokenizer = tokenizer
         self._user_index = user_index
         self._reserved = reserved_tokens(tokenizer)
+        if user_index is not None:
+            check_spellings(user_index, tokenizer, self._reserved)
 
         self._user_ids = sequences["user_id"]
         self._offsets, self._items = _flatten(sequences["items"])
@@ -329,9 +334,11 @@ class TaskRows:
         return keys[np.random.default_rng([self.args.task_seed, len(TASKS)]).permutation(len(keys))]
 
     def _spell(self, user: int) -> str:
+        if self._user_index is None:
+            return ""
         user_id = self._user_ids[user].as_py()
         try:
-            return self._user_index.spell(user_id)
+            return spell_user(self._user_index, user_id, self._reserved)
         except KeyError:
             raise ValueError(f"user_index: user {user_id!r} has no index; run the indexing on these users.") from None
 
@@ -459,7 +466,10 @@ def _spell_rating(rating: float) -> str:
 
 
 def strip_user_tokens(text: str) -> str:
-    """Removes every user token from a prompt or completion, for runs without a user index."""
+    """Removes every user token from a prompt or completion, for runs without a user index.
+
+    An index of another kind is text like any other: render its rows anew, by `TaskRows` with `user_index=None`.
+    """
     return USER_TOKENS.sub("", text)
 
 
@@ -503,7 +513,7 @@ def write_tasks(
     items: pa.Table,
     candidates: pa.Table,
     preferences: pa.Table,
-    user_index: "UserIndex",
+    user_index: "UserIndex | None",
     tokenizer: "PreTrainedTokenizerBase",
     folder: str | os.PathLike,
 ) -> dict[str, dict[str, int]]:
@@ -555,7 +565,8 @@ def write_tasks(
             if skipped:
                 logger.warning("%s, %s: %d rows left out: %s", task, split, skipped, _why_skipped(task))
     content = hash_value([hash_file(path) for path in sorted(folder.rglob("*.parquet"))])
-    (folder / "README.md").write_text(_card(args, counts, rows.skipped, content), encoding="utf-8")
+    kind = user_index.kind if user_index is not None else "none"
+    (folder / "README.md").write_text(_card(args, counts, rows.skipped, content, kind), encoding="utf-8")
     return counts
 
 
@@ -564,7 +575,7 @@ def _why_skipped(task: str) -> str:
 
 
 def _card(
-    args: TaskArguments, counts: dict[str, dict[str, int]], skipped: dict[str, dict[str, int]], content: str
+    args: TaskArguments, counts: dict[str, dict[str, int]], skipped: dict[str, dict[str, int]], content: str, kind: str
 ) -> str:
     """The dataset card: YAML that `load_dataset` reads, then what is in the data."""
     configs = [
@@ -595,7 +606,8 @@ def _card(
         "",
         "# Alignment tasks",
         "",
-        "Rows that teach a language model what the user tokens mean and which item a user chooses next.",
+        f"Rows that teach a language model what the {'user tokens' if kind == 'codes' else 'user indices'} mean and "
+        "which item a user chooses next.",
         "",
         "| config | train | validation | test | proportion in the mixture |",
         "|---|---|---|---|---|",
@@ -615,6 +627,7 @@ def _card(
         "",
         "## How the rows were made",
         "",
+        *([f"- User index: {kind}."] if kind != "codes" else []),
         f"- Train rows: {positions} of the positions of each user's train part; history is what came before.",
         f"- History: the newest {args.max_history} items. A row has at most {args.max_length} tokens; a longer one "
         "lost its oldest history.",

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass, field
 
-from ..user_index import MAX_CODEBOOK_SIZE, MAX_LEVELS
+from ..user_index import KINDS, MAX_CODEBOOK_SIZE, MAX_LEVELS
 
-TEXTS = ("auto", "reviews", "titles")
+INPUTS = ("auto", "reviews", "titles", "cooccurrence", "ratings", "times")
+POOLINGS = ("auto", "cls", "mean", "max")
 PRESETS = ("default", "paper")
 
 
@@ -23,13 +24,35 @@ class IndexArguments:
             "of that name), or any sentence-transformers or BERT model, by hub id or folder."
         },
     )
-    text: str = field(
+    pooling: str = field(
         default="auto",
-        metadata={"help": "What describes a user: reviews, titles, or auto (reviews where the source has any)."},
+        metadata={"help": "How a model's token embeddings become a text's: cls, mean, max, or auto: as it says."},
+    )
+    inputs: list[str] = field(
+        default_factory=lambda: ["auto"],
+        metadata={
+            "help": "What describes a user's train interactions, any of: reviews; titles; cooccurrence (who chose the "
+            "same items); ratings; times; auto (reviews where the source has any, else titles)."
+        },
+    )
+    input_weights: list[float] = field(
+        default_factory=list, metadata={"help": "How much each of the inputs counts; none = 1 each."}
+    )
+    cooccurrence_dim: int = field(
+        default=128, metadata={"help": "Length of an item's vector by co-occurrence, at most."}
+    )
+    index_kind: str = field(
+        default="codes",
+        metadata={
+            "help": "How prompts spell a user's index: codes (user tokens, <a_219><b_2>), text (the same codes as "
+            "plain text, 219-2), number (the user's row in the map), id (the user id: personal data, which the model "
+            "then learns). Only codes adds tokens to the base.",
+            "choices": [*KINDS],
+        },
     )
     codebook_size: int = field(default=256, metadata={"help": "Codes per level; 32 suits 1,000 users."})
     levels: int = field(default=4, metadata={"help": "Codes per user."})
-    code_dim: int = field(default=32, metadata={"help": "Length of a latent vector and its codes."})
+    code_dim: int = field(default=64, metadata={"help": "Length of a latent vector and its codes."})
     embedding_dim: int = field(
         default=384, metadata={"help": "Length of a text embedding of the encoder tfidf, at most."}
     )
@@ -41,11 +64,15 @@ class IndexArguments:
         },
     )
     attention: bool = field(
-        default=True, metadata={"help": "Weigh a user's texts by attention with the user id (eq. 1); off: their mean."}
+        default=False,
+        metadata={
+            "help": "Weigh a user's texts by attention with the user id (eq. 1), as the paper does; off: their mean, "
+            "which measures better."
+        },
     )
     max_reviews: int = field(default=50, metadata={"help": "How many of a user's newest texts are used."})
     autoencoder_steps: int = field(
-        default=100, metadata={"help": "Batches that train the autoencoder before there are codes."}
+        default=1000, metadata={"help": "Batches that train the autoencoder before there are codes."}
     )
     steps: int = field(default=300, metadata={"help": "Batches that train it with codes."})
     batch_size: int = field(default=0, metadata={"help": "Users per batch; 0 = four for every code of a level."})
@@ -53,13 +80,23 @@ class IndexArguments:
     seed: int = field(default=0, metadata={"help": "Seed of everything random in the indexing."})
 
     def __post_init__(self):
-        for name, choices in (("text", TEXTS), ("preset", PRESETS)):
+        for name, choices in (("pooling", POOLINGS), ("preset", PRESETS), ("index_kind", KINDS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}.")
+        if not self.inputs or not set(self.inputs) <= set(INPUTS) or len(set(self.inputs)) < len(self.inputs):
+            raise ValueError(f"inputs is {self.inputs}; it must hold some of {', '.join(INPUTS)}, each once.")
+        if "auto" in self.inputs and {"reviews", "titles"} & set(self.inputs):
+            raise ValueError("inputs holds auto, which stands for reviews or titles: name one or the other.")
+        if self.input_weights and len(self.input_weights) != len(self.inputs):
+            raise ValueError(
+                f"input_weights has {len(self.input_weights)} numbers for {len(self.inputs)} inputs: give one for each."
+            )
+        if any(not 0 < weight < float("inf") for weight in self.input_weights):
+            raise ValueError(f"input_weights is {self.input_weights}; each must be above 0.")
         for name, most in (("codebook_size", MAX_CODEBOOK_SIZE), ("levels", MAX_LEVELS)):
             if not 1 <= getattr(self, name) <= most:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be between 1 and {most}.")
-        for name in ("code_dim", "embedding_dim", "max_reviews", "learning_rate"):
+        for name in ("code_dim", "embedding_dim", "cooccurrence_dim", "max_reviews", "learning_rate"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0.")
         for name in ("autoencoder_steps", "steps", "batch_size", "seed"):

@@ -1,18 +1,14 @@
 """Unique codes for every user: nearest first, moved as little as possible where users collide."""
 
+import itertools
 from collections import Counter
 
 import numpy as np
 
-_CHUNK = 65_536
+from ..user_index import pack_codes
 
-
-def pack_codes(codes: np.ndarray, codebook_size: int) -> np.ndarray:
-    """One int64 a row: the codes read as a number in base `codebook_size`, the first level the most significant."""
-    keys = np.zeros(len(codes), np.int64)
-    for level in np.asarray(codes).T:
-        keys = keys * codebook_size + level
-    return keys
+_DISTANCES = 2**22  # computed at once, 16 MB
+_CACHED_NODES = 65_536
 
 
 def nearest_codes(vectors: np.ndarray, codebooks: np.ndarray) -> np.ndarray:
@@ -26,18 +22,22 @@ def nearest_codes(vectors: np.ndarray, codebooks: np.ndarray) -> np.ndarray:
         int64 [users, levels].
     """
     codes = np.empty((len(vectors), len(codebooks)), np.int64)
-    for begin in range(0, len(vectors), _CHUNK):
-        residuals = vectors[begin : begin + _CHUNK].copy()
+    chunk = max(1, _DISTANCES // codebooks.shape[1])
+    for begin in range(0, len(vectors), chunk):
+        residuals = vectors[begin : begin + chunk].copy()
         for level, codebook in enumerate(codebooks):
             nearest = _distances(residuals, codebook).argmin(axis=1)
-            codes[begin : begin + _CHUNK, level] = nearest
+            codes[begin : begin + chunk, level] = nearest
             residuals -= codebook[nearest]
     return codes
 
 
 def count_collisions(codes: np.ndarray) -> int:
     """How many users share their codes with another user."""
-    counts = np.unique(codes, axis=0, return_counts=True)[1]
+    groups = np.zeros(len(codes), np.int64)
+    for level in np.asarray(codes).T:  # numbered anew at each level, so that no number of levels is too large
+        groups = np.unique(groups * (int(level.max(initial=0)) + 1) + level, return_inverse=True)[1]
+    counts = np.bincount(groups)
     return int(counts[counts > 1].sum())
 
 
@@ -58,23 +58,12 @@ def assign_unique(vectors: np.ndarray, codebooks: np.ndarray) -> np.ndarray:
     Raises:
         ValueError: there are more users than codes, or a vector is not finite.
     """
-    from scipy.optimize import linear_sum_assignment
-
     vectors, codebooks = _check(vectors, codebooks)
     levels, size, _ = codebooks.shape
     check_capacity(len(vectors), levels, size)
     codes = nearest_codes(vectors, codebooks)
     _spill(vectors, codebooks, codes)
-    prefixes = pack_codes(codes[:, :-1], size)
-    keys = prefixes * size + codes[:, -1]
-    order = np.argsort(keys, kind="stable")
-    collides = keys[order][1:] == keys[order][:-1]
-    by_prefix = prefixes[order]
-    for prefix in np.unique(by_prefix[1:][collides]):
-        begin, end = np.searchsorted(by_prefix, [prefix, prefix + 1])
-        group = np.sort(order[begin:end])
-        cost = _distances(_residuals(vectors[group], codebooks, codes[group, :-1]), codebooks[-1])
-        codes[group, -1] = linear_sum_assignment(cost)[1]
+    _settle(vectors, codebooks, codes)
     return codes.astype(np.uint16)
 
 
@@ -87,7 +76,7 @@ def assign_new(vectors: np.ndarray, codebooks: np.ndarray, used: np.ndarray) -> 
     Args:
         vectors: float32 [new users, dim].
         codebooks: float32 [levels, codebook_size, dim].
-        used: integers [users, levels], the codes in use.
+        used: int64 [users], the indices in use, packed by `pack_codes` and sorted (`UserIndex.keys`).
 
     Returns:
         uint16 [new users, levels], different from each other and from `used`.
@@ -98,7 +87,7 @@ def assign_new(vectors: np.ndarray, codebooks: np.ndarray, used: np.ndarray) -> 
     vectors, codebooks = _check(vectors, codebooks)
     levels, size, _ = codebooks.shape
     check_capacity(len(used) + len(vectors), levels, size)
-    tree = _Occupancy(pack_codes(used, size), levels, size, leaf_capacity=1)
+    tree = _Occupancy(used, levels, size, leaf_capacity=1)
     codes = nearest_codes(vectors, codebooks)
     for vector, row in zip(vectors, codes, strict=True):
         if tree.is_full(row):
@@ -111,25 +100,39 @@ class _Occupancy:
     """How many users stand under each node of the tree of codes; a node at `depth` is a prefix of that many codes."""
 
     def __init__(self, keys: np.ndarray, depth: int, size: int, leaf_capacity: int):
-        self.keys, self.depth, self.size, self.leaf_capacity = np.sort(keys), depth, size, leaf_capacity
+        self.keys, self.depth, self.size, self.leaf_capacity = keys, depth, size, leaf_capacity  # keys: sorted
         self.added = Counter()  # (depth, node) -> users added since `keys` was sorted
+        self._children: dict[tuple[int, int], np.ndarray] = {}  # of nodes that were asked for, kept up to date
 
     def capacity(self, depth: int) -> int:
         return self.leaf_capacity * self.size ** (self.depth - depth)
 
-    def counts(self, nodes: np.ndarray, depth: int) -> np.ndarray:
-        width = self.size ** (self.depth - depth)
-        before = np.searchsorted(self.keys, nodes * width)
-        sorted_counts = np.searchsorted(self.keys, (nodes + 1) * width) - before
-        return sorted_counts + np.array([self.added[depth, int(node)] for node in nodes])
-
     def is_full(self, codes: np.ndarray) -> bool:
-        node = pack_codes(codes[None], self.size)
-        return bool(self.counts(node, len(codes))[0] >= self.capacity(len(codes)))
+        depth, node = len(codes), self._node(codes)
+        width = self.size ** (self.depth - depth)
+        before, after = np.searchsorted(self.keys, [node * width, (node + 1) * width])
+        return bool(after - before + self.added[depth, node] >= self.capacity(depth))
+
+    def children(self, codes: np.ndarray) -> np.ndarray:
+        """int64 [size]: the users under each child of a node."""
+        depth, node = len(codes), self._node(codes)
+        if (depth, node) not in self._children:
+            if len(self._children) == _CACHED_NODES:
+                self._children.clear()
+            first, width = node * self.size, self.size ** (self.depth - depth - 1)
+            counts = np.diff(np.searchsorted(self.keys, (first + np.arange(self.size + 1)) * width))
+            counts += [self.added[depth + 1, child] for child in range(first, first + self.size)]
+            self._children[depth, node] = counts
+        return self._children[depth, node]
 
     def add(self, codes: np.ndarray) -> None:
-        for depth in range(len(codes) + 1):
-            self.added[depth, int(pack_codes(codes[None, :depth], self.size)[0])] += 1
+        node = 0
+        self.added[0, 0] += 1
+        for depth, code in enumerate(codes.tolist()):
+            if (depth, node) in self._children:
+                self._children[depth, node][code] += 1
+            node = node * self.size + code
+            self.added[depth + 1, node] += 1
 
     def nearest_room(self, vector: np.ndarray, codes: np.ndarray, codebooks: np.ndarray) -> np.ndarray:
         """Up from `codes` to the first node with room, then down, each time to the nearest child with room."""
@@ -139,29 +142,36 @@ class _Occupancy:
             depth -= 1
         residual = _residuals(vector[None], codebooks, codes[None, :depth])
         for level in range(depth, self.depth):
-            children = pack_codes(codes[None, :level], self.size) * self.size + np.arange(self.size)
             distances = _distances(residual, codebooks[level])[0]
-            distances[self.counts(children, level + 1) >= self.capacity(level + 1)] = np.inf
+            distances[self.children(codes[:level]) >= self.capacity(level + 1)] = np.inf
             codes[level] = distances.argmin()
-            residual = residual - codebooks[level][codes[level]]
+            residual -= codebooks[level][codes[level]]
         return codes
+
+    def _node(self, codes: np.ndarray) -> int:
+        node = 0
+        for code in codes.tolist():
+            node = node * self.size + code
+        return node
 
 
 def _spill(vectors: np.ndarray, codebooks: np.ndarray, codes: np.ndarray) -> None:
     """Moves users out of prefixes that hold more users than the last level has codes; changes `codes` in place."""
     levels, size, _ = codebooks.shape
     prefixes = pack_codes(codes[:, :-1], size)
-    groups, counts = np.unique(prefixes, return_counts=True)
-    overfull = groups[counts > size]
-    if not len(overfull):
+    order = prefixes.argsort(kind="stable")
+    begins = np.flatnonzero(np.diff(prefixes[order], prepend=-1))
+    ends = np.append(begins[1:], len(order))
+    overfull = ends - begins > size
+    if not overfull.any():
         return
     moved = []
-    for prefix in overfull:
-        members = np.flatnonzero(prefixes == prefix)
+    for begin, end in zip(begins[overfull], ends[overfull], strict=True):
+        members = order[begin:end]
         left_over = (_residuals(vectors[members], codebooks, codes[members, :-1]) ** 2).sum(axis=1)
         moved.append(members[np.argsort(left_over, kind="stable")][size:])
     moved = np.concatenate(moved)
-    tree = _Occupancy(np.delete(prefixes, moved), levels - 1, size, leaf_capacity=size)
+    tree = _Occupancy(np.sort(np.delete(prefixes, moved)), levels - 1, size, leaf_capacity=size)
     for user in moved:
         codes[user, :-1] = tree.nearest_room(vectors[user], codes[user, :-1], codebooks)
         tree.add(codes[user, :-1])
@@ -169,9 +179,38 @@ def _spill(vectors: np.ndarray, codebooks: np.ndarray, codes: np.ndarray) -> Non
     codes[moved, -1] = _distances(residuals, codebooks[-1]).argmin(axis=1)
 
 
+def _settle(vectors: np.ndarray, codebooks: np.ndarray, codes: np.ndarray) -> None:
+    """Gives the users of a prefix where some collide different last codes; changes `codes` in place."""
+    from scipy.optimize import linear_sum_assignment
+
+    size = codebooks.shape[1]
+    keys = pack_codes(codes, size)
+    prefixes = keys // size
+    order = prefixes.argsort(kind="stable")
+    prefixes = prefixes[order]
+    keys.sort()
+    collide = np.unique(keys[1:][keys[1:] == keys[:-1]] // size)
+    begins, ends = np.searchsorted(prefixes, collide), np.searchsorted(prefixes, collide, side="right")
+    # the distances of many small groups at once: one by one they would cost more than the assignment
+    blocks = np.cumsum(ends - begins) // max(1, _DISTANCES // size)
+    for begin, end in itertools.pairwise([0, *(np.flatnonzero(np.diff(blocks)) + 1), len(blocks)]):
+        groups = [order[first:last] for first, last in zip(begins[begin:end], ends[begin:end], strict=True)]
+        if not groups:
+            continue
+        users = np.concatenate(groups)
+        distances = _distances(_residuals(vectors[users], codebooks, codes[users, :-1]), codebooks[-1])
+        first = 0
+        for group in groups:
+            codes[group, -1] = linear_sum_assignment(distances[first : first + len(group)])[1]
+            first += len(group)
+
+
 def _distances(residuals: np.ndarray, codebook: np.ndarray) -> np.ndarray:
     """Squared distances [rows, codes], less each row's own squared norm, which changes no assignment."""
-    return (codebook**2).sum(axis=1) - 2 * residuals @ codebook.T
+    distances = residuals @ codebook.T
+    distances *= -2
+    distances += (codebook**2).sum(axis=1)
+    return distances
 
 
 def _residuals(vectors: np.ndarray, codebooks: np.ndarray, codes: np.ndarray) -> np.ndarray:

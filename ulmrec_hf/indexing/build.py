@@ -1,17 +1,24 @@
-"""The indexing stage: texts of the train part -> embeddings -> indexer -> unique user index."""
+"""The indexing stage: the train part -> embeddings -> indexer -> unique user index, and what it is worth."""
 
 import logging
 import os
+import shutil
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..files import write_json
 from ..stages import run_stage, stage_fingerprint
-from ..texts import UserTexts, read_user_texts
+from ..texts import read_user_texts
 from ..user_index import UserIndex
 from .arguments import IndexArguments
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+    from .inputs import Table
 
 logger = logging.getLogger(__name__)
 
@@ -25,46 +32,71 @@ def index_users(
 ) -> Path:
     """Makes the stage `output_dir/index` from a data stage; returns its folder.
 
-    It holds user_index.parquet, indexer/ (the `UserIndexer` and, in indexer/encoder/, its text encoder) and
-    report.json. Only the train part of each user is read.
+    It holds user_index.parquet, indexer/ (the `UserIndexer` with all it needs to index new users) and what
+    `write_quality_report` writes. Only the train part of each user is read, but for the lift of held-out items in the
+    report. Several processes of `accelerate` encode together; a killed run goes on with the embeddings it has.
 
     Raises:
-        ValueError: an unfinished data stage, embeddings that are not finite, a codebook too small for the users, or
-            a stage of other settings stands there.
+        ValueError: an unfinished data stage, an input that it does not have, embeddings that are not finite, a codebook
+            too small for the users, or a stage of other settings stands there.
     """
-    inputs = {"data": stage_fingerprint(data_folder)}
+    from accelerate import PartialState
+
+    state = PartialState()
     return run_stage(
         Path(output_dir) / "index",
         asdict(args),
-        inputs,
-        lambda folder: _build(args, data_folder, folder),
+        {"data": stage_fingerprint(data_folder)},
+        lambda folder: _build(args, data_folder, folder, state),
         overwrite=overwrite,
+        resume=True,
+        is_main=state.is_main_process,
+        wait=state.wait_for_everyone,
     )
 
 
-def _build(args: IndexArguments, data_folder: str | os.PathLike, folder: Path) -> None:
+def _build(args: IndexArguments, data_folder: str | os.PathLike, folder: Path, state: "PartialState") -> None:
     from transformers import set_seed
 
     from .assignment import assign_unique, check_capacity, count_collisions, nearest_codes
+    from .embeddings import write_embeddings
     from .encoder import make_encoder
     from .indexer import UserDataset, UserIndexer, latent_vectors, reconstruction_errors, train_indexer
+    from .inputs import ArrayTable, fit_inputs, read_inputs
+    from .quality import index_quality, write_quality_report
 
-    users = read_user_texts(data_folder, args.text)
-    check_capacity(len(users), args.levels, args.codebook_size)
+    weights, texts, train = read_inputs(args.inputs, args.input_weights, data_folder)
+    check_capacity(len(train.user_ids), args.levels, args.codebook_size)
     set_seed(args.seed)
-    encoder = make_encoder(args.encoder, args.embedding_dim, args.seed).fit(users.texts)
-    texts = _finite(encoder.encode(users.texts), users.texts, args.encoder)
-    ids = _finite(encoder.encode_user_ids(users.user_ids), users.user_ids, args.encoder)
-    dataset = UserDataset(texts, [users.of_user(user) for user in range(len(users))], ids, args.max_reviews)
+    encoder = None
+    if texts:
+        encoder = make_encoder(args.encoder, args.embedding_dim, args.seed, pooling=args.pooling)
+        encoder.fit([text for part in texts.values() for text in part.texts])
+    shards = folder / "embeddings"
+
+    def embed(name: str, strings: Sequence[str]) -> "Table":
+        return write_embeddings(shards / name, strings, encoder, user_ids=name == "user_ids", state=state)
+
+    fitted, inputs = fit_inputs(
+        weights, texts, train, encoder, embed, cooccurrence_dim=args.cooccurrence_dim, max_reviews=args.max_reviews
+    )
+    ids = None
+    if args.attention:
+        ids = embed("user_ids", train.user_ids) if encoder else ArrayTable(fitted.encode_user_ids(train.user_ids))
+    if not state.is_main_process:
+        return  # only encoding is shared
+    dataset = UserDataset(inputs, train.offsets, ids, args.max_reviews)
     indexer = UserIndexer(
-        embedding_dim=encoder.dim,
+        embedding_dim=dataset.dim,
         codebook_size=args.codebook_size,
         levels=args.levels,
         code_dim=args.code_dim,
         preset=args.preset,
         attention=args.attention,
-        encoder_name=encoder.name,
+        encoder_name=encoder.name if encoder else "",
+        user_dim=ids.dim if ids else None,
     )
+    indexer.inputs = fitted
     train_indexer(
         indexer,
         dataset,
@@ -77,38 +109,36 @@ def _build(args: IndexArguments, data_folder: str | os.PathLike, folder: Path) -
     latents, codebooks = latent_vectors(indexer, dataset).numpy(), indexer.codebooks.numpy()
     nearest = nearest_codes(latents, codebooks)
     codes = assign_unique(latents, codebooks)
-    index = UserIndex(users.user_ids, codes, args.codebook_size)
+    index = UserIndex(train.user_ids, codes, args.codebook_size, args.index_kind)
+    silent = int((np.diff(dataset.offsets) == 0).sum())
+    if silent:
+        logger.warning("%d users have nothing in their train part to be indexed by: their vector is zero", silent)
 
     index.to_parquet(folder / "user_index.parquet")
     indexer.save_pretrained(folder / "indexer")
-    (folder / "indexer" / "encoder").mkdir()
-    encoder.save(folder / "indexer" / "encoder")
-    report = {
-        **index.report(),
-        "collisions_before": count_collisions(nearest),
-        "collisions_after": count_collisions(codes),
-        "reconstruction_error": reconstruction_errors(indexer, dataset, nearest),
-        "text": users.kind,
-        "users_without_text": _count_silent(users),
-        "encoder": encoder.name,
-        "embedding_dim": encoder.dim,
-    }
-    write_json(folder / "report.json", report)
-    logger.info("User index of %d users: %s", len(index), report)
-
-
-def _finite(embeddings: np.ndarray, texts: list[str], encoder: str) -> np.ndarray:
-    broken = np.flatnonzero(~np.isfinite(embeddings).all(axis=1))
-    if len(broken):
-        raise ValueError(
-            f"The encoder {encoder!r} gave NaN or infinite embeddings for {len(broken)} of {len(texts)} texts, the "
-            f"first {texts[broken[0]][:80]!r}: use another encoder, or its weights in another precision."
-        )
-    return embeddings
-
-
-def _count_silent(users: UserTexts) -> int:
-    silent = sum(len(users.of_user(user)) == 0 for user in range(len(users)))
-    if silent:
-        logger.warning("%d users have no text in their train part: their embedding is zero", silent)
-    return silent
+    quality = index_quality(
+        index,
+        next(iter(texts.values())) if texts else read_user_texts(data_folder, "titles"),
+        latents,
+        data_folder,
+        collisions_before=count_collisions(nearest),
+        collisions_after=count_collisions(codes),
+        reconstruction_error=reconstruction_errors(indexer, dataset, nearest),
+        extra={
+            "inputs": ", ".join(f"{name} x {weight:g}" for name, weight in weights.items()),
+            "users_without_inputs": silent,
+            "encoder": indexer.encoder_name or "none",
+            "embedding_dim": dataset.dim,
+            "preset": args.preset,
+            "attention": args.attention,
+        },
+        seed=args.seed,
+    )
+    write_quality_report(folder, quality, index, latents)
+    shutil.rmtree(shards, ignore_errors=True)
+    logger.info(
+        "User index of %d users: perplexity %s, held-out lift %s",
+        len(index),
+        quality["perplexity"],
+        quality["lift_heldout"],
+    )

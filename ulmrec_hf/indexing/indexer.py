@@ -1,16 +1,24 @@
 """UserIndexer: attention over a user's texts (eq. 1) and the residual-quantised autoencoder (eqs. 2-6)."""
 
 import itertools
+import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import PyTorchModelHubMixin, snapshot_download
 from torch import nn
 from torch.utils.data import Dataset
 from vector_quantize_pytorch import ResidualVQ
+
+from ..user_index import UserIndex
+from .assignment import assign_new
+from .inputs import Input, InputEncoder, Table
 
 _ENCODE_BATCH = 1024
 _KMEANS_USERS = 65_536
@@ -35,6 +43,10 @@ class UserIndexer(nn.Module, PyTorchModelHubMixin):
         attention: eq. (1); off, a user is the mean of the texts.
         beta: weight of the commitment term.
         encoder_name: which text encoder the embeddings come from.
+        user_dim: length of an embedded id string; None = embedding_dim.
+
+    Attributes:
+        inputs: what turns interactions into vectors; None until it is set. Saved and loaded with the rest.
     """
 
     def __init__(
@@ -48,8 +60,10 @@ class UserIndexer(nn.Module, PyTorchModelHubMixin):
         attention: bool = True,
         beta: float = 0.25,
         encoder_name: str = "tfidf",
+        user_dim: int | None = None,
     ):
         super().__init__()
+        self.inputs: InputEncoder | None = None
         if preset not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}; got {preset!r}.")
         self.embedding_dim, self.codebook_size, self.levels, self.code_dim = (
@@ -60,7 +74,7 @@ class UserIndexer(nn.Module, PyTorchModelHubMixin):
         )
         self.preset, self.beta, self.encoder_name = preset, beta, encoder_name
         # Zeros are uniform attention, and no saddle: the gradient of A there is that of any other start.
-        self.attention = nn.Parameter(torch.zeros(embedding_dim, embedding_dim)) if attention else None
+        self.attention = nn.Parameter(torch.zeros(embedding_dim, user_dim or embedding_dim)) if attention else None
         sizes = [embedding_dim, *hidden_sizes, code_dim]
         self.encoder = _mlp(sizes)
         self.decoder = _mlp(sizes[::-1])
@@ -89,7 +103,7 @@ class UserIndexer(nn.Module, PyTorchModelHubMixin):
         Args:
             texts: float [users, texts, embedding_dim].
             mask: bool [users, texts], true where there is a text; a user without any gets zeros.
-            user_ids: float [users, embedding_dim], the embedded id strings.
+            user_ids: float [users, user_dim], the embedded id strings; not read without attention.
 
         Returns:
             float [users, embedding_dim].
@@ -127,6 +141,68 @@ class UserIndexer(nn.Module, PyTorchModelHubMixin):
         return loss
 
     @torch.no_grad()
+    def index(
+        self, reviews: Sequence[str] = (), *, used: UserIndex, user_id: str = "", **others: Sequence
+    ) -> UserIndex:
+        """A free index near those of similar users, from the frozen codebooks; nothing else changes.
+
+        Args:
+            reviews: what the user wrote, oldest first; where the index was not made from reviews, leave it out.
+            used: the indices in use; `used.merge` of the result gives the extended map.
+            user_id: the user's id.
+            others: other inputs that the index was made from, see `InputEncoder.encode`: `titles`, `cooccurrence` (item
+                ids), `ratings`, `times`, one value for each interaction.
+
+        Returns:
+            A `UserIndex` of this one user.
+
+        Raises:
+            ValueError: the user has an index already, all indices are in use, the indexer was loaded without its
+                inputs, or an input does not fit.
+        """
+        if self.inputs is None:
+            raise ValueError(
+                "this UserIndexer has no inputs to read texts with: load it from the folder index/indexer."
+            )
+        if user_id in used:
+            raise ValueError(f"User {user_id!r} has an index already: {used.spell(user_id)}.")
+        if used.codebook_size != self.codebook_size or used.levels != self.levels:
+            raise ValueError(
+                f"the map has {used.levels} levels of {used.codebook_size} codes, this indexer {self.levels} of "
+                f"{self.codebook_size}: they do not belong together."
+            )
+        values = ({"reviews": reviews} if len(reviews) else {}) | others
+        vectors = torch.from_numpy(self.inputs.encode(**values))[None]
+        told = vectors.any(-1)
+        ids = torch.zeros(1, 0)
+        if self.attention is not None:
+            ids = torch.from_numpy(self.inputs.encode_user_ids([user_id]))
+        latents = self.encoder(self.pool(vectors[:, told[0]], told[:, told[0]], ids))
+        codes = assign_new(latents.numpy(), self.codebooks.numpy(), used.keys)
+        return UserIndex([user_id], codes, self.codebook_size)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        super()._save_pretrained(save_directory)
+        if self.inputs is not None:
+            self.inputs.save(save_directory)
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, **settings: Any) -> "UserIndexer":
+        folder = model_id
+        if not os.path.isdir(folder):
+            hub = ("revision", "cache_dir", "force_download", "local_files_only", "token")
+            folder = snapshot_download(model_id, **{name: settings.get(name) for name in hub})
+        indexer = super()._from_pretrained(model_id=str(folder), **settings).eval()
+        if (Path(folder) / "inputs.json").is_file():
+            indexer.inputs = InputEncoder.load(folder)
+            if indexer.inputs.dim != indexer.embedding_dim:
+                raise ValueError(
+                    f"{folder}: the indexer was made for vectors of length {indexer.embedding_dim}, its inputs "
+                    f"({', '.join(indexer.inputs.weights)}) give {indexer.inputs.dim}: they do not belong together."
+                )
+        return indexer
+
+    @torch.no_grad()
     def start_codebooks(self, latents: torch.Tensor) -> None:
         """Starts every level's codebook anew by k-means over `latents` [users, code_dim]."""
         training = self.training
@@ -138,34 +214,52 @@ class UserIndexer(nn.Module, PyTorchModelHubMixin):
 
 
 class UserDataset(Dataset):
-    """One row a user: the newest texts, as rows of a table of text embeddings, and the embedded id string.
+    """One row a user: the vectors of the newest interactions, and of the id string; read from tables as they are asked.
 
     Args:
-        text_embeddings: float32 [texts, dim].
-        text_ids: for each user the rows of their texts, oldest first.
-        user_embeddings: float32 [users, dim].
-        max_reviews: how many of the newest texts are used.
+        inputs: whose vectors are joined; an interaction without a vector in any of them is left out.
+        offsets: int64 [users + 1]; user u has the interactions `offsets[u]` to `offsets[u + 1]`, oldest first.
+        user_ids: a table with a row for each user's id string; None where it is not read.
+        max_reviews: how many of the newest interactions are used.
     """
 
-    def __init__(self, text_embeddings: np.ndarray, text_ids: list, user_embeddings: np.ndarray, max_reviews: int):
-        self.text_embeddings = torch.from_numpy(text_embeddings)
-        self.user_embeddings = torch.from_numpy(user_embeddings)
-        self.text_ids = [torch.as_tensor(ids[-max_reviews:], dtype=torch.long) for ids in text_ids]
+    def __init__(self, inputs: Sequence[Input], offsets: np.ndarray, user_ids: Table | None, max_reviews: int):
+        told = np.any([part.ids >= 0 for part in inputs], axis=0)
+        self.inputs = [replace(part, ids=part.ids[told]) for part in inputs]
+        self.offsets = np.concatenate([[0], np.cumsum(told, dtype=np.int64)])[offsets]
+        self.user_ids, self.max_reviews = user_ids, max_reviews
+
+    @property
+    def dim(self) -> int:
+        """Length of an interaction's vector."""
+        return sum(part.table.dim for part in self.inputs)
 
     def __len__(self) -> int:
-        return len(self.text_ids)
+        return len(self.offsets) - 1
 
     def __getitem__(self, user: int) -> int:
         return user
 
-    def collate(self, users: list[int]) -> dict[str, torch.Tensor]:
+    def collate(self, users: Sequence[int]) -> dict[str, torch.Tensor]:
         """The padded batch that `UserIndexer.forward` takes."""
-        ids = nn.utils.rnn.pad_sequence([self.text_ids[user] for user in users], batch_first=True, padding_value=-1)
-        mask = ids >= 0
+        users = np.asarray(users)
+        ends = self.offsets[users + 1]
+        counts = np.minimum(ends - self.offsets[users], self.max_reviews)
+        width = max(1, int(counts.max(initial=0)))
+        mask = np.arange(width) < counts[:, None]
+        places = (ends - counts)[:, None] + np.arange(width)
+        texts = np.zeros((len(users), width, self.dim), np.float32)
+        begin = 0
+        for part in self.inputs:
+            ids = np.full(mask.shape, -1, np.int64)
+            ids[mask] = part.ids[places[mask]]
+            texts[ids >= 0, begin : begin + part.table.dim] = part.weight * part.table.rows(ids[ids >= 0])
+            begin += part.table.dim
+        ids = np.zeros((len(users), 0), np.float32) if self.user_ids is None else self.user_ids.rows(users)
         return {
-            "texts": F.embedding(ids.clamp(min=0), self.text_embeddings),
-            "mask": mask,
-            "user_ids": self.user_embeddings[torch.as_tensor(users)],
+            "texts": torch.from_numpy(texts),
+            "mask": torch.from_numpy(mask),
+            "user_ids": torch.from_numpy(np.ascontiguousarray(ids)),
         }
 
 
@@ -180,6 +274,9 @@ def train_indexer(
     seed: int,
 ) -> None:
     """Trains under `transformers.Trainer`: first the plain autoencoder, then, from a k-means start, with codes.
+
+    The preset "default" ends with codebooks by k-means over the trained encoder's latent vectors: the running means
+    lag behind it.
 
     Args:
         steps: batches with codes.
@@ -211,6 +308,8 @@ def train_indexer(
             )
             Trainer(indexer, arguments, train_dataset=dataset, data_collator=dataset.collate).train()
     indexer.cpu().eval()
+    if indexer.preset == "default" and steps:
+        indexer.start_codebooks(latent_vectors(indexer, dataset, limit=_KMEANS_USERS))
 
 
 @torch.no_grad()

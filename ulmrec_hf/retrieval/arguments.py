@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, fields
 
 SYSTEMS = ("popularity", "item_knn", "text", "lrurec", "narm", "bert4rec", "sasrec", "hybrid")
+SCHEDULES = ("constant", "linear", "cosine")
 
 
 @dataclass
@@ -71,6 +72,14 @@ class RetrieverArguments:
     )
     dropout: float = field(default=0.5, metadata={"help": "Neural retrievers: dropout probability."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Neural retrievers: peak learning rate of AdamW."})
+    lr_scheduler_type: str = field(
+        default="constant",
+        metadata={
+            "help": "Neural retrievers: course of the learning rate: constant, or linear or cosine, which fall to 0 "
+            "all epochs (then let patience be as high).",
+            "choices": list(SCHEDULES),
+        },
+    )
     weight_decay: float = field(default=0.01, metadata={"help": "Neural retrievers: weight decay of AdamW."})
     batch_size: int = field(default=128, metadata={"help": "Neural retrievers: sequences per training step."})
     epochs: int = field(default=100, metadata={"help": "Neural retrievers: most epochs to train."})
@@ -86,6 +95,8 @@ class RetrieverArguments:
     def __post_init__(self):
         if self.retriever not in SYSTEMS:
             raise ValueError(f"retriever must be one of {', '.join(SYSTEMS)}; got {self.retriever!r}.")
+        if self.lr_scheduler_type not in SCHEDULES:
+            raise ValueError(f"lr_scheduler_type must be in {', '.join(SCHEDULES)}; got {self.lr_scheduler_type!r}.")
         unknown = sorted(set(self.hybrid_components) - set(SYSTEMS[:-1]))
         if unknown:
             raise ValueError(f"hybrid_components holds {', '.join(unknown)}; it may hold {', '.join(SYSTEMS[:-1])}.")

@@ -160,7 +160,7 @@ def training_arguments(args: RetrieverArguments, folder: str) -> TrainingArgumen
         seed=args.seed,
         learning_rate=args.learning_rate,
         weight_decay=args.weight_decay,
-        lr_scheduler_type="constant",
+        lr_scheduler_type=args.lr_scheduler_type,
         num_train_epochs=args.epochs,
         per_device_train_batch_size=args.batch_size,
         per_device_eval_batch_size=_EVAL_BATCH,

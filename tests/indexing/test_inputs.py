@@ -1,0 +1,99 @@
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.data_stage import write_data_stage
+from ulmrec_hf.files import write_table
+from ulmrec_hf.indexing.encoder import TfidfEncoder
+from ulmrec_hf.indexing.inputs import ArrayTable, InputEncoder, TrainPart, fit_inputs, item_vectors, read_inputs
+
+
+def make_train(lists, items=6, ratings=None, times=None):
+    flat = np.concatenate([np.asarray(row, np.int32) for row in lists])
+    return TrainPart(
+        [f"user{user}" for user in range(len(lists))],
+        np.cumsum([0, *map(len, lists)]),
+        flat,
+        [f"item{item}" for item in range(1, items + 1)],
+        np.full(len(flat), np.nan, np.float32) if ratings is None else np.array(ratings, np.float32),
+        np.full(len(flat), np.nan) if times is None else np.array(times, float),
+    )
+
+
+def test_items_of_the_same_users_are_near():
+    vectors = item_vectors(make_train([[1, 2], [1, 2], [1, 2, 3], [4, 5], [4, 5], [5, 4]]), 3, 50)
+    np.testing.assert_allclose(np.linalg.norm(vectors[:5], axis=1), 1, rtol=1e-5)
+    assert vectors[0] @ vectors[1] > 0.9 > 0.3 > vectors[0] @ vectors[3]
+    assert not vectors[5].any()  # nobody chose it
+
+
+def test_only_the_newest_interactions_count():
+    with_old = item_vectors(make_train([[6, 1, 2], [6, 1, 2], [4, 5], [4, 5]]), 3, 2)
+    assert not with_old[5].any() and with_old[0] @ with_old[1] > 0.9
+
+
+def test_ratings_and_times_are_points_on_circles():
+    encoder = InputEncoder({"ratings": 1.0, "times": 2.0}, ranges={"ratings": [1, 5], "times": [0.0, 1e9]})
+    assert encoder.dim == 6
+    vectors = encoder.encode(ratings=[1, 5, 3, float("nan")], times=[0, 1e9, 5e8, float("nan")])
+    assert vectors.shape == (4, 6) and vectors.dtype == np.float32
+    np.testing.assert_allclose(vectors[0, :2], [1, 0], atol=1e-6)
+    np.testing.assert_allclose(vectors[1, :2], [0, 1], atol=1e-6)
+    np.testing.assert_allclose(vectors[2, :2], [0.5**0.5] * 2, atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(vectors[:3, 2:], axis=1), 2, rtol=1e-5)
+    assert not vectors[3].any()
+    year = 365.2425 * 86_400
+    same_day = encoder.scale("times", np.array([10.0, 10.0 + year, 10.0 + year / 2]))[:, 2:]
+    np.testing.assert_allclose(same_day[0], same_day[1], atol=1e-5)
+    np.testing.assert_allclose(same_day[0], -same_day[2], atol=1e-5)
+
+
+def test_new_users_get_the_vectors_that_training_users_got():
+    train = make_train([[1, 2, 3], [3, 2], [2, 1, 3]], ratings=[5, 1, 3, 2, 2, 4, 1, 1], times=range(8))
+    encoder = TfidfEncoder(4).fit(["red lamp", "blue tent", "red tent"])
+    weights = {"cooccurrence": 1.0, "ratings": 0.5, "times": 2.0}
+    fitted, inputs = fit_inputs(weights, {}, train, None, None, cooccurrence_dim=2, max_reviews=50)
+    rows = [
+        np.concatenate([part.weight * part.table.rows(part.ids[[place]])[0] for part in inputs]) for place in range(3)
+    ]
+    vectors = fitted.encode(cooccurrence=["item1", "item2", "item3"], ratings=[5, 1, 3], times=[0, 1, 2])
+    np.testing.assert_allclose(vectors, rows, rtol=1e-5, atol=1e-6)
+    unknown = fitted.encode(cooccurrence=["item1", "never seen"])
+    assert unknown[0].any() and not unknown[1].any()
+    texts = InputEncoder({"reviews": 1.0}, encoder)
+    assert texts.encode(reviews=["red lamp", ""])[0].any() and not texts.encode(reviews=["red lamp", ""])[1].any()
+
+
+def test_saves_and_loads_the_same(tmp_path):
+    train = make_train([[1, 2, 3], [3, 2]], ratings=[5, 1, 3, 2, 2])
+    weights = {"cooccurrence": 1.0, "ratings": 0.5}
+    fitted, _ = fit_inputs(weights, {}, train, None, None, cooccurrence_dim=2, max_reviews=50)
+    fitted.save(tmp_path)
+    again = InputEncoder.load(tmp_path)
+    values = {"cooccurrence": ["item3"], "ratings": [4.5]}
+    np.testing.assert_array_equal(again.encode(**values), fitted.encode(**values))
+    assert again.dim == fitted.dim == 4
+    with pytest.raises(ValueError, match=r"inputs\.json is missing"):
+        InputEncoder.load(tmp_path / "nowhere")
+
+
+def test_reads_the_train_part_alone(tmp_path):
+    folder = write_data_stage(tmp_path / "data", 12)
+    weights, texts, train = read_inputs(["auto", "cooccurrence"], [], folder)
+    assert weights == {"reviews": 1.0, "cooccurrence": 1.0} and list(texts) == ["reviews"]
+    assert len(train.items) == train.offsets[-1] == len(texts["reviews"].text_ids)
+    other = write_data_stage(tmp_path / "other", 12, other_held_out=True)
+    assert np.array_equal(read_inputs(["auto"], [], other)[2].items, train.items)
+
+
+def test_ratings_that_some_lack_are_read(tmp_path):
+    folder = write_data_stage(tmp_path / "data", 3)
+    table = pq.read_table(folder / "sequences.parquet")
+    ratings = [[4.0, None, *[5.0] * (len(items) - 2)] for items in table["items"].to_pylist()]
+    table = table.drop_columns([name for name in ("ratings",) if name in table.column_names])
+    write_table(folder / "sequences.parquet", table.append_column("ratings", pa.array(ratings, pa.list_(pa.float32()))))
+    _, _, train = read_inputs(["titles", "ratings"], [1.0, 0.3], folder)
+    assert train.ratings[0] == 4 and np.isnan(train.ratings[1])
+    _, inputs = fit_inputs({"ratings": 0.3}, {}, train, None, None, cooccurrence_dim=2, max_reviews=50)
+    assert inputs[0].ids[1] == -1 and inputs[0].ids[0] >= 0 and isinstance(inputs[0].table, ArrayTable)
