@@ -183,3 +183,21 @@ def test_bad_kinds_and_numbers_are_refused(tmp_path):
     pq.write_table(table.replace_schema_metadata({**table.schema.metadata, b"index_kind": b"hash"}), path)
     with pytest.raises(ValueError, match=r"user_index.parquet is not a user index: index_kind is 'hash'"):
         UserIndex.from_parquet(path)
+
+
+def test_maps_of_two_machines_merge_or_tell_the_conflict():
+    first = UserIndex(["a", "b"], np.array([[0, 1], [1, 0]]), 4)
+    second = UserIndex(["b", "c"], np.array([[1, 0], [2, 3]]), 4)
+    merged = first.merge(second)
+    assert list(merged) == ["a", "b", "c"] and merged["c"] == (2, 3)
+    assert first.merge(first).codes.tolist() == first.codes.tolist()
+    with pytest.raises(ValueError, match="1 users have two different indices, such as 'b': <a_1><b_0> and <a_3><b_0>"):
+        first.merge(UserIndex(["b"], np.array([[3, 0]]), 4))
+    with pytest.raises(ValueError, match="Users 'a' and 'd' share the index <a_0><b_1>"):
+        first.merge(UserIndex(["d"], np.array([[0, 1]]), 4))
+    with pytest.raises(ValueError, match="2 levels of 4 codes and one of 2 of 8 cannot be merged"):
+        first.merge(UserIndex(["d"], np.array([[0, 0]]), 8))
+
+
+def test_keys_are_sorted_numbers():
+    assert UserIndex(["a", "b"], np.array([[3, 1], [0, 2]]), 4).keys.tolist() == [2, 13]
