@@ -19,8 +19,8 @@ import contextlib
 import itertools
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -48,6 +48,8 @@ from ulmrec_hf.texts import UserTexts, read_user_texts
 from ulmrec_hf.user_index import UserIndex, pack_codes, perplexity
 
 INPUTS = ("titles", "cooccurrence", "titles+cooccurrence", "reviews", "reviews+titles")
+OF_A_RUN = ("inputs", "input_weights", "preset", "attention", "seed")
+SETTINGS = {each.name: each.default for each in fields(IndexArguments) if each.name not in OF_A_RUN}
 NEIGHBOURS = (10, 50)
 PREFIXES = (1, 2)
 CHECKED = 20  # new users that are also indexed one by one
@@ -133,6 +135,7 @@ def fit_users(args: IndexArguments, fitted: InputEncoder, dataset: UserDataset) 
             batch_size=args.batch_size or 4 * args.codebook_size,
             learning_rate=args.learning_rate,
             seed=args.seed,
+            refit_codebooks=args.refit_codebooks,
         )
     return indexer
 
@@ -285,25 +288,31 @@ def mean_vectors(dataset: UserDataset) -> np.ndarray:
         return torch.cat(list(_vectors(pooling, dataset, range(len(dataset))))).numpy()
 
 
+def parse_mix(mix: str) -> dict[str, Any]:
+    """`titles+cooccurrence:1.5` -> the settings inputs and input_weights."""
+    parts = [(*part.split(":"), "1")[:2] for part in mix.split("+")]
+    return {"inputs": [name for name, _ in parts], "input_weights": [float(weight) for _, weight in parts]}
+
+
 def available(data_folder: str, wanted: Sequence[str]) -> list[str]:
+    """The mixes that the data has; those that it has not are told."""
     has_reviews = read_user_texts(data_folder, "auto").kind == "reviews"
-    found = [mix for mix in wanted if has_reviews or "reviews" not in mix.split("+")]
+    found = [mix for mix in wanted if has_reviews or "reviews" not in parse_mix(mix)["inputs"]]
     for mix in wanted:
         if mix not in found:
             print(f"{mix}: left out, the data has no reviews", file=sys.stderr)
     return found
 
 
-def all_runs(args: argparse.Namespace) -> Any:
+def all_runs(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yields a record for each index, seed by seed."""
     judge = Judge(args.data_folder)
-    settings = {name: getattr(args, name) for name in ("encoder", "codebook_size", "levels", "code_dim")}
-    settings |= {name: getattr(args, name) for name in ("steps", "autoencoder_steps")}
+    settings = {name: getattr(args, name) for name in SETTINGS}
     for seed in args.seeds:
         record = {"index": "random codes", "inputs": "", "attention": "", "seed": seed}
         yield record | random_codes(IndexArguments(seed=seed, **settings), judge)
     for mix, seed in itertools.product(available(args.data_folder, args.inputs), args.seeds):
-        first = IndexArguments(inputs=mix.split("+"), seed=seed, attention="on" in args.attention, **settings)
+        first = IndexArguments(**parse_mix(mix), seed=seed, attention="on" in args.attention, **settings)
         weights, texts, train = read_inputs(first.inputs, first.input_weights, args.data_folder)
         fitted, dataset = fit_inputs_of(first, weights, texts, train)
         record = {"inputs": mix, "attention": "", "seed": seed}
@@ -369,14 +378,14 @@ def markdown(runs: Sequence[dict], levels: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data_folder")
-    parser.add_argument("--inputs", nargs="+", default=list(INPUTS), help="inputs of an index, joined by +")
+    parser.add_argument("--inputs", nargs="+", default=list(INPUTS), help="such as titles+cooccurrence:1.5, weighed")
     parser.add_argument("--presets", nargs="+", default=list(PRESETS), choices=PRESETS)
     parser.add_argument("--attention", nargs="+", default=["on", "off"], choices=["on", "off"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--new_users", type=float, default=0.0, help="the share of the users that are indexed later")
-    for name in ("encoder", "codebook_size", "levels", "code_dim", "steps", "autoencoder_steps"):
-        default = getattr(IndexArguments, name)
-        parser.add_argument(f"--{name}", type=type(default), default=default, help="as in recipes/index_users.py")
+    for name, default in SETTINGS.items():
+        kind = (lambda text: text == "true") if isinstance(default, bool) else type(default)
+        parser.add_argument(f"--{name}", type=kind, default=default, help=f"of the index, {default} by default")
     parser.add_argument("--output", help="JSON file for the figures of every run, written after each")
     args = parser.parse_args()
     if not 0 <= args.new_users < 1:

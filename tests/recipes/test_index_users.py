@@ -31,7 +31,7 @@ def test_shipped_configs_parse(path):
         load("index_users").make_parser().parse_args_and_config(["--config", str(path), "--output_dir", "x"])
     )
     assert (
-        index.text == ("auto" if path.stem == "paper" else path.stem)
+        index.inputs == {"paper": ["auto"], "mixed": ["titles", "cooccurrence"]}.get(path.stem, [path.stem])
         and index.codebook_size == 256
         and stage.output_dir == "x"
     )

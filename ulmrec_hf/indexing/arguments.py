@@ -74,6 +74,9 @@ class IndexArguments:
     autoencoder_steps: int = field(
         default=1000, metadata={"help": "Batches that train the autoencoder before there are codes."}
     )
+    refit_codebooks: bool = field(
+        default=True, metadata={"help": "End with codebooks by k-means over the trained encoder's latent vectors."}
+    )
     steps: int = field(default=300, metadata={"help": "Batches that train it with codes."})
     batch_size: int = field(default=0, metadata={"help": "Users per batch; 0 = four for every code of a level."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of AdamW."})

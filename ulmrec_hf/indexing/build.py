@@ -105,6 +105,7 @@ def _build(args: IndexArguments, data_folder: str | os.PathLike, folder: Path, s
         batch_size=args.batch_size or 4 * args.codebook_size,
         learning_rate=args.learning_rate,
         seed=args.seed,
+        refit_codebooks=args.refit_codebooks,
     )
     latents, codebooks = latent_vectors(indexer, dataset).numpy(), indexer.codebooks.numpy()
     nearest = nearest_codes(latents, codebooks)

@@ -272,15 +272,15 @@ def train_indexer(
     batch_size: int,
     learning_rate: float,
     seed: int,
+    refit_codebooks: bool = False,
 ) -> None:
     """Trains under `transformers.Trainer`: first the plain autoencoder, then, from a k-means start, with codes.
-
-    The preset "default" ends with codebooks by k-means over the trained encoder's latent vectors: the running means
-    lag behind it.
 
     Args:
         steps: batches with codes.
         autoencoder_steps: batches before that without; from an untrained encoder k-means starts poor codebooks.
+        refit_codebooks: end with codebooks by k-means over the trained encoder's latent vectors; those that came with
+            the training lag behind it.
     """
     from transformers import Trainer, TrainingArguments
 
@@ -308,7 +308,7 @@ def train_indexer(
             )
             Trainer(indexer, arguments, train_dataset=dataset, data_collator=dataset.collate).train()
     indexer.cpu().eval()
-    if indexer.preset == "default" and steps:
+    if refit_codebooks:
         indexer.start_codebooks(latent_vectors(indexer, dataset, limit=_KMEANS_USERS))
 
 
