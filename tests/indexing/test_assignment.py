@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import linear_sum_assignment
 
+from ulmrec_hf.indexing import assignment
 from ulmrec_hf.indexing.assignment import assign_new, assign_unique, count_collisions, nearest_codes
 from ulmrec_hf.user_index import pack_codes
 
@@ -43,6 +45,34 @@ def test_collisions_are_settled_at_the_least_total_distance():
     cost = np.abs(users - codebooks[1].T) ** 2
     best = min(cost[range(3), list(choice)].sum() for choice in itertools.permutations(range(4), 3))
     assert cost[range(3), assigned].sum() == pytest.approx(best)
+
+
+def test_every_group_has_the_least_total_distance(monkeypatch):
+    codebooks = make_codebooks(3, 6)
+    rng = np.random.default_rng(3)
+    vectors = rng.normal(size=(30, 4))[rng.integers(30, size=120)] + rng.normal(size=(120, 4)) / 5
+    vectors = vectors.astype(np.float32)
+    codes, nearest = assign_unique(vectors, codebooks).astype(int), nearest_codes(vectors, codebooks)
+    prefixes, groups = np.unique(codes[:, :2], axis=0, return_inverse=True)
+    settled = 0
+    for group, prefix in enumerate(prefixes):
+        users = np.flatnonzero(groups == group)
+        rest = vectors[users] - sum(codebook[code] for codebook, code in zip(codebooks, prefix, strict=False))
+        cost = ((rest[:, None] - codebooks[2]) ** 2).sum(axis=2)
+        assert cost[range(len(users)), codes[users, 2]].sum() == pytest.approx(
+            cost[linear_sum_assignment(cost)].sum(), rel=1e-5
+        )
+        settled += len(np.unique(nearest[users], axis=0)) < len(users)
+    assert settled > 5
+    monkeypatch.setattr(assignment, "_DISTANCES", 1)  # one group after the other
+    np.testing.assert_array_equal(assign_unique(vectors, codebooks), codes)
+
+
+def test_counts_that_were_forgotten_change_nothing(monkeypatch):
+    vectors, codebooks = np.ones((400, 4), np.float32), make_codebooks(4, 5)
+    codes = assign_unique(vectors, codebooks)
+    monkeypatch.setattr(assignment, "_CACHED_NODES", 1)
+    np.testing.assert_array_equal(assign_unique(vectors, codebooks), codes)
 
 
 @pytest.mark.parametrize(
