@@ -141,8 +141,8 @@ class PretrainedEncoder(TextEncoder):
     """A sentence-transformers or BERT model, by hub id or folder, or the packaged model by its name.
 
     The vectors are those of `SentenceTransformer.encode`, made faster: the texts are tokenized once, batches are filled
-    by tokens, and `fit` turns to bfloat16 where that is safe. In float32 a vector does not depend on the texts it is
-    batched with beyond 1e-5; in bfloat16 it does in the third digit, so equal bytes take equal batches.
+    by tokens, and `fit` turns to bfloat16 where that is safe (measured in benchmarks/encoding_speed.py). A vector
+    depends on the texts it is batched with by less than 1e-5 in float32, by up to about 1e-3 in bfloat16.
 
     A text is read up to the model's maximum of tokens, and of a very long one no more than 32 characters for each of
     them are looked at. The empty text has the vector that the model gives it; zeros where it makes no token of it.
