@@ -26,22 +26,20 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from transformers import set_seed
 from transformers.utils import logging
 
 from ulmrec_hf.files import write_json
 from ulmrec_hf.indexing.arguments import PRESETS, IndexArguments
 from ulmrec_hf.indexing.assignment import assign_new, assign_unique, count_collisions, nearest_codes
-from ulmrec_hf.indexing.encoder import TextEncoder, TfidfEncoder, make_encoder
-from ulmrec_hf.indexing.indexer import UserDataset, UserIndexer, _vectors, latent_vectors, train_indexer
+from ulmrec_hf.indexing.build import encode_train_part, fit_indexer
+from ulmrec_hf.indexing.encoder import TextEncoder, TfidfEncoder
+from ulmrec_hf.indexing.indexer import UserDataset, UserIndexer, _vectors, latent_vectors
 from ulmrec_hf.indexing.inputs import (
     ArrayTable,
     Input,
     InputEncoder,
     TrainPart,
-    fit_inputs,
     read_inputs,
-    unit,
 )
 from ulmrec_hf.indexing.quality import _incidence, _interactions, lift, neighbour_lift, share_rate
 from ulmrec_hf.texts import UserTexts, read_user_texts
@@ -57,34 +55,14 @@ KMEANS_ITERATIONS = 20
 _frozen: dict[str, dict[str, np.ndarray]] = {}  # what encoders that learn nothing made of texts
 
 
-def embed(encoder: TextEncoder, texts: Sequence[str]) -> np.ndarray:
-    """float32 [texts, dim]; nothing is encoded twice by an encoder that learns nothing from the texts."""
+def embed(encoder: TextEncoder, name: str, texts: Sequence[str]) -> ArrayTable:
+    """Vectors in memory; nothing is encoded twice by an encoder that learns nothing from the texts."""
     if isinstance(encoder, TfidfEncoder):
-        return encoder.encode(texts)
+        return ArrayTable(encoder.encode_user_ids(texts) if name == "user_ids" else encoder.encode(texts))
     kept = _frozen.setdefault(encoder.name, {})
     missing = [text for text in dict.fromkeys(texts) if text not in kept]
     kept.update(zip(missing, encoder.encode(missing), strict=True))
-    return np.stack([kept[text] for text in texts])
-
-
-def fit_inputs_of(
-    args: IndexArguments, weights: dict[str, float], texts: dict[str, UserTexts], train: TrainPart
-) -> tuple[InputEncoder, UserDataset]:
-    """The inputs as the indexing stage fits them, the embeddings in memory."""
-    encoder = None
-    if texts:
-        encoder = make_encoder(args.encoder, args.embedding_dim, args.seed, pooling=args.pooling)
-        encoder.fit([text for part in texts.values() for text in part.texts])
-    fitted, inputs = fit_inputs(
-        weights,
-        texts,
-        train,
-        encoder,
-        lambda _, strings: ArrayTable(embed(encoder, strings)),
-        cooccurrence_dim=args.cooccurrence_dim,
-        max_reviews=args.max_reviews,
-    )
-    return fitted, UserDataset(inputs, train.offsets, user_id_table(args, fitted, train), args.max_reviews)
+    return ArrayTable(np.stack([kept[text] for text in texts]))
 
 
 def inputs_of_new_users(
@@ -94,50 +72,19 @@ def inputs_of_new_users(
     inputs = []
     for name, weight in fitted.weights.items():
         if name in texts:
-            vectors, ids = unit(embed(fitted.encoder, texts[name].texts)), texts[name].text_ids
+            vectors, ids = embed(fitted.encoder, name, texts[name].texts).array, texts[name].text_ids
         elif name == "cooccurrence":
             vectors, ids = fitted.item_vectors, train.items - 1
         else:
             vectors, ids = fitted.scale(name, getattr(train, name).astype(np.float64)), np.arange(len(train.items))
-        ids = np.where((ids >= 0) & vectors.any(axis=1)[ids], ids, -1)
         inputs.append(Input(ArrayTable(vectors), ids, weight))
-    return UserDataset(inputs, train.offsets, user_id_table(args, fitted, train), args.max_reviews)
-
-
-def user_id_table(args: IndexArguments, fitted: InputEncoder, train: TrainPart) -> ArrayTable | None:
-    if not args.attention:
-        return None
-    if fitted.encoder is None or isinstance(fitted.encoder, TfidfEncoder):
-        return ArrayTable(fitted.encode_user_ids(train.user_ids))
-    return ArrayTable(embed(fitted.encoder, train.user_ids))
+    ids = ArrayTable(fitted.encode_user_ids(train.user_ids)) if args.attention else None
+    return UserDataset(inputs, train.offsets, ids, args.max_reviews)
 
 
 def fit_users(args: IndexArguments, fitted: InputEncoder, dataset: UserDataset) -> UserIndexer:
-    """The indexer as the indexing stage trains it."""
-    set_seed(args.seed)
-    indexer = UserIndexer(
-        embedding_dim=dataset.dim,
-        codebook_size=args.codebook_size,
-        levels=args.levels,
-        code_dim=args.code_dim,
-        preset=args.preset,
-        attention=args.attention,
-        encoder_name=fitted.encoder.name if fitted.encoder else "",
-        user_dim=dataset.user_ids.dim if args.attention else None,
-    )
-    indexer.inputs = fitted
     with contextlib.redirect_stdout(sys.stderr):  # the Trainer's log
-        train_indexer(
-            indexer,
-            dataset,
-            steps=args.steps,
-            autoencoder_steps=args.autoencoder_steps,
-            batch_size=args.batch_size or 4 * args.codebook_size,
-            learning_rate=args.learning_rate,
-            seed=args.seed,
-            refit_codebooks=args.refit_codebooks,
-        )
-    return indexer
+        return fit_indexer(args, fitted, dataset)
 
 
 def part_of(texts: dict[str, UserTexts], train: TrainPart, users: np.ndarray) -> tuple[dict[str, UserTexts], TrainPart]:
@@ -314,7 +261,7 @@ def all_runs(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for mix, seed in itertools.product(available(args.data_folder, args.inputs), args.seeds):
         first = IndexArguments(**parse_mix(mix), seed=seed, attention="on" in args.attention, **settings)
         weights, texts, train = read_inputs(first.inputs, first.input_weights, args.data_folder)
-        fitted, dataset = fit_inputs_of(first, weights, texts, train)
+        fitted, dataset = encode_train_part(first, weights, texts, train, embed)
         record = {"inputs": mix, "attention": "", "seed": seed}
         vectors = mean_vectors(dataset)
         if seed == args.seeds[0]:
@@ -327,7 +274,7 @@ def all_runs(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             drawn = np.random.default_rng(seed).permutation(judge.users)[: max(1, round(args.new_users * judge.users))]
             new[drawn] = True
             old_part, new_part = (part_of(texts, train, np.flatnonzero(mask)) for mask in (~new, new))
-            old_fitted, old_dataset = fit_inputs_of(first, weights, *old_part)
+            old_fitted, old_dataset = encode_train_part(first, weights, *old_part, embed)
             new_dataset = inputs_of_new_users(first, old_fitted, *new_part)
         for preset, attention in itertools.product(args.presets, args.attention):
             one = replace(first, preset=preset, attention=attention == "on")

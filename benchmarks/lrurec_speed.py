@@ -107,24 +107,40 @@ class Clock(TrainerCallback):
             self.seconds = now - self.start
 
 
+class Judge(TrainerCallback):
+    """Validation N@10 after every epoch. LRURecModel judges both forms, since their parameters are the same."""
+
+    def __init__(self, sequences: Sequences):
+        self.sequences, self.values = sequences, []
+
+    def on_epoch_end(self, args, state, control, model, **kwargs) -> None:
+        judged = LRURecModel(model.config)
+        judged.load_state_dict(model.state_dict())
+        ranks = target_ranks(judged, self.sequences, "validation")[1].astype(np.float64)
+        self.values.append(ranking_metrics(np.where(ranks > 0, ranks, np.inf))["ndcg@10"])
+        print(f"epoch {len(self.values)}: validation N@10 {self.values[-1]:.4f}", flush=True)
+
+
 def train(
-    model: LRURecModel, rows: TrainingRows, args: RetrieverArguments, warmup: int, steps: int
+    model: LRURecModel, rows: TrainingRows, args: RetrieverArguments, warmup: int, steps: int, judge: Judge | None
 ) -> dict[str, float]:
-    """Trains for warmup + steps steps, or args.epochs where steps is 0; returns speeds after the warm-up."""
+    """Trains for warmup + steps steps, or args.epochs with a judge; returns speeds after the warm-up, or quality."""
     set_seed(args.seed)
     clock = Clock(warmup)
     with tempfile.TemporaryDirectory() as folder:
         settings = training_arguments(args, folder)
         settings.disable_tqdm = True
-        if steps:
+        if judge is None:
             settings.max_steps, settings.dataloader_drop_last = warmup + steps, True
         if isinstance(model, TextbookLRURec):  # the library's Trainer takes rows in random order
             make = partial(Trainer, data_collator=partial(collate_left, width=args.max_history))
         else:
             make = RetrieverTrainer
-        trainer = make(model, settings, train_dataset=rows, callbacks=[clock])
+        trainer = make(model, settings, train_dataset=rows, callbacks=[judge or clock])
         trainer.remove_callback(PrinterCallback)
         trainer.train()
+    if judge is not None:
+        return {"by epoch": judge.values}
     speeds = (trainer.state.global_step - warmup) * args.batch_size / clock.seconds
     return dict(zip(("sequences/s", "sequences/CPU s"), speeds.tolist(), strict=True))
 
@@ -152,7 +168,9 @@ def main() -> None:
     )
     parser.add_argument("--warmup", type=int, default=5, help="training steps before the clock starts")
     parser.add_argument("--eval_batches", type=int, default=10, help="timed batches of evaluation")
-    parser.add_argument("--quality", action="store_true", help="train both for --epochs and compare validation NDCG@10")
+    parser.add_argument(
+        "--quality", action="store_true", help="train both for --epochs and compare validation NDCG@10 after each"
+    )
     parser.add_argument("--epochs", type=int, default=20, help="with --quality: epochs of both, without early stopping")
     parser.add_argument("--seed", type=int, default=42, help="of initial weights, dropout and the order of batches")
     parser.add_argument("--output", help="JSON file for the figures")
@@ -161,7 +179,7 @@ def main() -> None:
     args = RetrieverArguments(epochs=options.epochs, patience=0, seed=options.seed)
     sequences = Sequences.load(options.data_folder)
     rows = TrainingRows(sequences.train_part(), args.max_history)
-    steps = 0 if options.quality else options.steps or len(rows) // args.batch_size
+    steps = options.steps or len(rows) // args.batch_size
     results = {"settings": vars(options), "users": len(sequences), "items": sequences.num_items}
     print(
         f"{len(sequences):,} users, {sequences.num_items:,} items, {len(rows):,} training rows with a label at "
@@ -173,22 +191,20 @@ def main() -> None:
     for name, model_class in (("ours", LRURecModel), ("textbook", TextbookLRURec)):
         model = model_class(config)
         model.load_state_dict(start)
-        result = results[name] = train(model, rows, args, options.warmup, steps)
+        judge = Judge(sequences) if options.quality else None
+        result = results[name] = train(model, rows, args, options.warmup, steps, judge)
         if options.quality:
-            judged = LRURecModel(config)  # one form judges both, since the parameters are the same
-            judged.load_state_dict(model.state_dict())
-            ranks = target_ranks(judged, sequences, "validation")[1].astype(np.float64)
-            result["validation N@10"] = ranking_metrics(np.where(ranks > 0, ranks, np.inf))["ndcg@10"]
-        else:
-            result["evaluated users/s"] = users_per_second(model, sequences, args, options.eval_batches)
+            continue
+        result["evaluated users/s"] = users_per_second(model, sequences, args, options.eval_batches)
         if name == "ours":
             print(f"{'':<10}" + "".join(f"{column:>20}" for column in result))
         print(f"{name:<10}" + "".join(f"{value:>20.4g}" for value in result.values()), flush=True)
-    results["ratio"] = {key: value / results["textbook"][key] for key, value in results["ours"].items()}
-    print(f"{'ratio':<10}" + "".join(f"{ratio:>20.2f}" for ratio in results["ratio"].values()))
     if options.quality:
-        results["difference"] = results["ours"]["validation N@10"] - results["textbook"]["validation N@10"]
-        print(f"validation N@10, ours minus textbook after {args.epochs} epochs: {results['difference']:+.4f}")
+        pairs = zip(results["ours"]["by epoch"], results["textbook"]["by epoch"], strict=True)
+        print("validation N@10, ours minus textbook:", *(f"{ours - textbook:+.4f}" for ours, textbook in pairs))
+    else:
+        results["ratio"] = {key: value / results["textbook"][key] for key, value in results["ours"].items()}
+        print(f"{'ratio':<10}" + "".join(f"{ratio:>20.2f}" for ratio in results["ratio"].values()))
     if options.output:
         with open(options.output, "w", encoding="utf-8") as file:
             json.dump(results, file, indent=2)

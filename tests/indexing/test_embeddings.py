@@ -206,7 +206,7 @@ from ulmrec_hf.indexing.encoder import PretrainedEncoder
 
 embeddings = write_embeddings(sys.argv[2], mixed_texts(23), PretrainedEncoder(sys.argv[1]), shard_texts={SHARD})
 assert embeddings.rows(range(23)).shape == (23, 16)
-print("process", PartialState().process_index, "of", PartialState().num_processes)
+sys.stdout.write(f"process {{PartialState().process_index}} of {{PartialState().num_processes}}\\n")  # in one piece
 PartialState().destroy_process_group()
 """
 

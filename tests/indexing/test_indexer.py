@@ -52,12 +52,12 @@ def test_newest_texts_padded(dataset):
 
 
 def test_inputs_are_joined_by_weight_and_interactions_without_any_left_out():
-    tables = ArrayTable(np.eye(2, dtype=np.float32)), ArrayTable(np.ones((1, 1), np.float32))
-    inputs = [Input(tables[0], np.array([0, -1, 1, -1])), Input(tables[1], np.array([-1, -1, 0, 0]), weight=0.5)]
-    dataset = UserDataset(inputs, np.array([0, 3, 4]), None, max_reviews=50)
-    batch = dataset.collate([0, 1])
-    assert batch["texts"].tolist() == [[[1, 0, 0], [0, 1, 0.5]], [[0, 0, 0.5], [0, 0, 0]]]
-    assert batch["mask"].tolist() == [[True, True], [True, False]]
+    tables = ArrayTable(np.array([[3, 0], [0, 1], [0, 0]], np.float32)), ArrayTable(np.ones((1, 1), np.float32))
+    inputs = [Input(tables[0], np.array([0, -1, 1, -1, 2])), Input(tables[1], np.array([-1, -1, 0, 0, -1]), weight=0.5)]
+    dataset = UserDataset(inputs, np.array([0, 3, 4, 5]), None, max_reviews=50)
+    batch = dataset.collate([0, 1, 2])
+    assert batch["texts"].tolist() == [[[1, 0, 0], [0, 1, 0.5]], [[0, 0, 0.5], [0, 0, 0]], [[0, 0, 0], [0, 0, 0]]]
+    assert batch["mask"].tolist() == [[True, True], [True, False], [False, False]]  # the last has zeros alone
 
 
 def test_attention_is_eq_1():

@@ -3,22 +3,25 @@
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..stages import run_stage, stage_fingerprint
-from ..texts import read_user_texts
+from ..texts import UserTexts, read_user_texts
 from ..user_index import UserIndex
 from .arguments import IndexArguments
 
 if TYPE_CHECKING:
     from accelerate import PartialState
 
-    from .inputs import Table
+    from .encoder import TextEncoder
+    from .indexer import UserDataset, UserIndexer
+    from .inputs import InputEncoder, Table, TrainPart
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +43,10 @@ def index_users(
         ValueError: an unfinished data stage, an input that it does not have, embeddings that are not finite, a codebook
             too small for the users, or a stage of other settings stands there.
     """
+    import torch
     from accelerate import PartialState
 
-    state = PartialState()
+    state = PartialState(cpu=not torch.accelerator.is_available())
     return run_stage(
         Path(output_dir) / "index",
         asdict(args),
@@ -55,37 +59,51 @@ def index_users(
     )
 
 
-def _build(args: IndexArguments, data_folder: str | os.PathLike, folder: Path, state: "PartialState") -> None:
-    from transformers import set_seed
+def encode_train_part(
+    args: IndexArguments,
+    weights: Mapping[str, float],
+    texts: Mapping[str, UserTexts],
+    train: "TrainPart",
+    embed: Callable[["TextEncoder", str, Sequence[str]], "Table"],
+) -> tuple["InputEncoder", "UserDataset"]:
+    """Fits what turns a user's interactions into vectors, and gives those of the train part.
 
-    from .assignment import assign_unique, check_capacity, count_collisions, nearest_codes
-    from .embeddings import write_embeddings
+    Args:
+        weights, texts, train: see `read_inputs`.
+        embed: gives a table of vectors by the fitted text encoder, what is encoded (the name of an input, or
+            "user_ids") and the strings.
+    """
     from .encoder import make_encoder
-    from .indexer import UserDataset, UserIndexer, latent_vectors, reconstruction_errors, train_indexer
-    from .inputs import ArrayTable, fit_inputs, read_inputs
-    from .quality import index_quality, write_quality_report
+    from .indexer import UserDataset
+    from .inputs import ArrayTable, fit_inputs
 
-    weights, texts, train = read_inputs(args.inputs, args.input_weights, data_folder)
-    check_capacity(len(train.user_ids), args.levels, args.codebook_size)
-    set_seed(args.seed)
     encoder = None
     if texts:
         encoder = make_encoder(args.encoder, args.embedding_dim, args.seed, pooling=args.pooling)
         encoder.fit([text for part in texts.values() for text in part.texts])
-    shards = folder / "embeddings"
-
-    def embed(name: str, strings: Sequence[str]) -> "Table":
-        return write_embeddings(shards / name, strings, encoder, user_ids=name == "user_ids", state=state)
-
     fitted, inputs = fit_inputs(
-        weights, texts, train, encoder, embed, cooccurrence_dim=args.cooccurrence_dim, max_reviews=args.max_reviews
+        weights,
+        texts,
+        train,
+        encoder,
+        partial(embed, encoder),
+        cooccurrence_dim=args.cooccurrence_dim,
+        max_reviews=args.max_reviews,
     )
     ids = None
     if args.attention:
-        ids = embed("user_ids", train.user_ids) if encoder else ArrayTable(fitted.encode_user_ids(train.user_ids))
-    if not state.is_main_process:
-        return  # only encoding is shared
-    dataset = UserDataset(inputs, train.offsets, ids, args.max_reviews)
+        users = train.user_ids
+        ids = embed(encoder, "user_ids", users) if encoder else ArrayTable(fitted.encode_user_ids(users))
+    return fitted, UserDataset(inputs, train.offsets, ids, args.max_reviews)
+
+
+def fit_indexer(args: IndexArguments, fitted: "InputEncoder", dataset: "UserDataset") -> "UserIndexer":
+    """Trains an indexer on what `encode_train_part` gave."""
+    from transformers import set_seed
+
+    from .indexer import UserIndexer, train_indexer
+
+    set_seed(args.seed)
     indexer = UserIndexer(
         embedding_dim=dataset.dim,
         codebook_size=args.codebook_size,
@@ -93,8 +111,8 @@ def _build(args: IndexArguments, data_folder: str | os.PathLike, folder: Path, s
         code_dim=args.code_dim,
         preset=args.preset,
         attention=args.attention,
-        encoder_name=encoder.name if encoder else "",
-        user_dim=ids.dim if ids else None,
+        encoder_name=fitted.encoder.name if fitted.encoder else "",
+        user_dim=dataset.user_ids.dim if args.attention else None,
     )
     indexer.inputs = fitted
     train_indexer(
@@ -107,6 +125,27 @@ def _build(args: IndexArguments, data_folder: str | os.PathLike, folder: Path, s
         seed=args.seed,
         refit_codebooks=args.refit_codebooks,
     )
+    return indexer
+
+
+def _build(args: IndexArguments, data_folder: str | os.PathLike, folder: Path, state: "PartialState") -> None:
+    from .assignment import assign_unique, check_capacity, count_collisions, nearest_codes
+    from .embeddings import write_embeddings
+    from .indexer import latent_vectors, reconstruction_errors
+    from .inputs import read_inputs
+    from .quality import index_quality, write_quality_report
+
+    weights, texts, train = read_inputs(args.inputs, args.input_weights, data_folder)
+    check_capacity(len(train.user_ids), args.levels, args.codebook_size)
+    shards = folder / "embeddings"
+
+    def embed(encoder: "TextEncoder", name: str, strings: Sequence[str]) -> "Table":
+        return write_embeddings(shards / name, strings, encoder, user_ids=name == "user_ids", state=state)
+
+    fitted, dataset = encode_train_part(args, weights, texts, train, embed)
+    if not state.is_main_process:
+        return  # only encoding is shared
+    indexer = fit_indexer(args, fitted, dataset)
     latents, codebooks = latent_vectors(indexer, dataset).numpy(), indexer.codebooks.numpy()
     nearest = nearest_codes(latents, codebooks)
     codes = assign_unique(latents, codebooks)

@@ -5,7 +5,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,11 @@ _TOKENS_WITHOUT_MAXIMUM = 512  # counted for a model that names no maximum
 _WINDOW_TOKENS = 2**22  # tokenized at once, padded to the model's maximum: about 100 MB
 _CHECKED_TEXTS = 128
 _LEAST_COSINE = 0.999
+
+
+@cache
+def _id_projection(dim: int) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((_ID_FEATURES, dim), dtype=np.float32)
 
 
 class TextEncoder:
@@ -104,8 +109,7 @@ class TfidfEncoder(TextEncoder):
         from sklearn.preprocessing import normalize
 
         hashing = HashingVectorizer(analyzer="char_wb", ngram_range=(2, 4), n_features=_ID_FEATURES, dtype=np.float32)
-        projection = np.random.default_rng(0).standard_normal((_ID_FEATURES, self.dim), dtype=np.float32)
-        return normalize(hashing.transform(user_ids) @ projection).astype(np.float32)
+        return normalize(hashing.transform(user_ids) @ _id_projection(self.dim)).astype(np.float32)
 
     def save(self, folder: str | os.PathLike) -> None:
         from safetensors.numpy import save_file

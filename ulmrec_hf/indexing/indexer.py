@@ -18,7 +18,7 @@ from vector_quantize_pytorch import ResidualVQ
 
 from ..user_index import UserIndex
 from .assignment import assign_new
-from .inputs import Input, InputEncoder, Table
+from .inputs import Input, InputEncoder, Table, unit
 
 _ENCODE_BATCH = 1024
 _KMEANS_USERS = 65_536
@@ -217,7 +217,7 @@ class UserDataset(Dataset):
     """One row a user: the vectors of the newest interactions, and of the id string; read from tables as they are asked.
 
     Args:
-        inputs: whose vectors are joined; an interaction without a vector in any of them is left out.
+        inputs: whose vectors, at length 1, are weighed and joined; an interaction with none, or zeros, is left out.
         offsets: int64 [users + 1]; user u has the interactions `offsets[u]` to `offsets[u + 1]`, oldest first.
         user_ids: a table with a row for each user's id string; None where it is not read.
         max_reviews: how many of the newest interactions are used.
@@ -253,8 +253,9 @@ class UserDataset(Dataset):
         for part in self.inputs:
             ids = np.full(mask.shape, -1, np.int64)
             ids[mask] = part.ids[places[mask]]
-            texts[ids >= 0, begin : begin + part.table.dim] = part.weight * part.table.rows(ids[ids >= 0])
+            texts[ids >= 0, begin : begin + part.table.dim] = part.weight * unit(part.table.rows(ids[ids >= 0]))
             begin += part.table.dim
+        mask &= texts.any(axis=2)
         ids = np.zeros((len(users), 0), np.float32) if self.user_ids is None else self.user_ids.rows(users)
         return {
             "texts": torch.from_numpy(texts),

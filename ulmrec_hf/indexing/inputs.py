@@ -52,7 +52,7 @@ class Input:
     """One kind of vectors of the interactions.
 
     Attributes:
-        table: the different vectors, of length 1 or 0.
+        table: the different vectors; they count at length 1, but where they are 0.
         ids: int32 [interactions], the row in `table`, -1 where an interaction has none.
         weight: what the vectors are multiplied by.
     """
@@ -119,6 +119,7 @@ class InputEncoder:
         items: raw item id -> row in `item_vectors`.
         item_vectors: float32 [items, dim], of the input `cooccurrence`.
         ranges: the lowest and highest rating and time of the train part.
+        max_reviews: how many of a user's newest interactions count.
     """
 
     def __init__(
@@ -128,8 +129,10 @@ class InputEncoder:
         item_ids: Sequence[str] = (),
         item_vectors: np.ndarray | None = None,
         ranges: Mapping[str, Sequence[float]] | None = None,
+        max_reviews: int = 50,
     ):
         self.weights, self.encoder, self.ranges = dict(weights), encoder, dict(ranges or {})
+        self.max_reviews = max_reviews
         self.item_ids, self.item_vectors = list(item_ids), item_vectors
         self._rows = {item_id: row for row, item_id in enumerate(self.item_ids)}
 
@@ -141,12 +144,12 @@ class InputEncoder:
         return sum(dims.get(name, self.encoder.dim if self.encoder else 0) for name in self.weights)
 
     def encode(self, **values: Sequence[Any]) -> np.ndarray:
-        """The vectors of one user's interactions, oldest first.
+        """The vectors of one user's newest `max_reviews` interactions that hold anything, oldest first.
 
         Args:
             values: by input, one value for each interaction: `reviews` and `titles` (text), `cooccurrence` (raw item
-                ids; an unknown one counts as none), `ratings`, `times` (seconds since 1970). Inputs that are not given
-                are zeros.
+                ids; an unknown one counts as none), `ratings`, `times` (seconds since 1970; NaN counts as none). Inputs
+                that are not given are zeros.
 
         Returns:
             float32 [interactions, dim].
@@ -164,13 +167,23 @@ class InputEncoder:
                 + ", ".join(f"{len(part)} {name}" for name, part in values.items())
                 + "."
             )
-        count = lengths.pop() if lengths else 0
-        blocks = [weight * self._vectors(name, values.get(name), count) for name, weight in self.weights.items()]
+        told = np.any([self._told(name, part) for name, part in values.items()], axis=0) if values else np.zeros(0)
+        newest = np.flatnonzero(told)[-self.max_reviews :]
+        kept = {name: [part[place] for place in newest] for name, part in values.items()}
+        blocks = [weight * self._vectors(name, kept.get(name), len(newest)) for name, weight in self.weights.items()]
         return np.concatenate(blocks, axis=1, dtype=np.float32)
 
     def encode_user_ids(self, user_ids: Sequence[str]) -> np.ndarray:
         """`e_ou` of eq. (1), float32 [users, user_dim]: by the text encoder, or hashed where there is none."""
         return (self.encoder or TfidfEncoder(_HASHED_DIM)).encode_user_ids(user_ids)
+
+    def _told(self, name: str, values: Sequence[Any]) -> list[bool]:
+        """Which of the values are there."""
+        if name in ("ratings", "times"):
+            return [bool(np.isfinite(value)) for value in values]
+        if name == "cooccurrence":
+            return [value in self._rows for value in values]
+        return [bool(text and text.strip()) for text in values]
 
     def _vectors(self, name: str, values: Sequence[Any] | None, count: int) -> np.ndarray:
         if name in ("ratings", "times"):
@@ -179,8 +192,8 @@ class InputEncoder:
             rows = np.array([self._rows.get(value, -1) for value in values or [None] * count], np.int64)
             return np.where(rows[:, None] < 0, 0, self.item_vectors[rows])
         vectors = np.zeros((count, self.encoder.dim), np.float32)
-        told = [place for place, text in enumerate(values or []) if text and text.strip()]
-        if told:
+        told = np.flatnonzero(self._told(name, values or []))
+        if len(told):
             vectors[told] = unit(self.encoder.encode([values[place] for place in told]))
         return vectors
 
@@ -199,7 +212,8 @@ class InputEncoder:
     def save(self, folder: str | os.PathLike) -> None:
         """Writes inputs.json and, where they are, items.json, item_vectors.safetensors and encoder/ into `folder`."""
         folder = Path(folder)
-        write_json(folder / "inputs.json", {"weights": self.weights, "ranges": self.ranges})
+        record = {"weights": self.weights, "ranges": self.ranges, "max_reviews": self.max_reviews}
+        write_json(folder / "inputs.json", record)
         if self.item_vectors is not None:
             write_json(folder / "items.json", self.item_ids)
             save_file({"item_vectors": np.ascontiguousarray(self.item_vectors)}, folder / "item_vectors.safetensors")
@@ -223,7 +237,7 @@ class InputEncoder:
             items = json.loads((folder / "items.json").read_text(encoding="utf-8"))
             vectors = load_file(folder / "item_vectors.safetensors")["item_vectors"]
         encoder = load_encoder(folder / "encoder") if (folder / "encoder").is_dir() else None
-        return cls(saved["weights"], encoder, items, vectors, saved["ranges"])
+        return cls(saved["weights"], encoder, items, vectors, saved["ranges"], saved["max_reviews"])
 
 
 def read_inputs(
@@ -286,7 +300,7 @@ def fit_inputs(
         if name in weights
     }
     vectors = item_vectors(train, cooccurrence_dim, max_reviews) if "cooccurrence" in weights else None
-    fitted = InputEncoder(weights, encoder, train.item_ids if vectors is not None else (), vectors, ranges)
+    fitted = InputEncoder(weights, encoder, train.item_ids if vectors is not None else (), vectors, ranges, max_reviews)
     inputs = []
     for name, weight in weights.items():
         if name in texts:
