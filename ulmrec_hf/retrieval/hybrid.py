@@ -148,8 +148,10 @@ class HybridRetriever(Retriever):
         """float32 [batch, num_items + 1], see `Retriever.score`; items of the history follow the components' best."""
         histories = self.newest_items(histories)
         scores = [component.log_scores(histories).cpu() for component in self.components]
-        # -inf at padding times a weight may be anything: it is set again
-        total = hide(sum(weight * part for weight, part in zip(self.weights.values(), scores, strict=True)))
+        total = torch.zeros_like(scores[0])
+        for weight, part in zip(self.weights.values(), scores, strict=True):
+            total.add_(part, alpha=weight)
+        hide(total)  # -inf at padding times a weight may be anything: it is set again
         items, features, real = pool(scores, seen_places(histories))
         best = self.combiner.score(features)
         lowest = best.masked_fill(~real, torch.inf).amin(1, keepdim=True)

@@ -56,6 +56,30 @@ class NeighbourRetriever(CountingRetriever):
 
     def score(self, histories: Iterable[Sequence[int]]) -> torch.Tensor:
         """Weighted neighbours of the history, float32 [batch, num_items + 1]; see `Retriever.score`."""
+        scores = self._led_to(histories).toarray()
+        scores += self._popularity()
+        return hide(torch.from_numpy(scores))
+
+    def log_scores(self, histories: Iterable[Sequence[int]]) -> torch.Tensor:
+        """log(1 + score / (floor * the best of the row)): what nothing leads to is unlikely, not impossible."""
+        found, popularity = self._led_to(histories), self._popularity()
+        lengths = np.diff(found.indptr)
+        some = np.flatnonzero(lengths)
+        # logs are dear: they are taken where there is a neighbour; all others have almost 0, in order of popularity
+        found.data += popularity[found.indices]
+        best = np.maximum.reduceat(found.data, found.indptr[some]) if len(some) else np.ones(0, np.float32)
+        found.data = np.log1p(found.data / np.repeat(_FLOOR * best, lengths[some]))
+        scores = found.toarray()
+        scores += popularity
+        scores[lengths == 0] = np.log1p(popularity / (_FLOOR * max(popularity.max(), 1e-30)))
+        return hide(torch.from_numpy(scores))
+
+    def _popularity(self) -> np.ndarray:
+        counts = self.arrays["counts"]
+        return (_POPULARITY_SHARE / max(counts.max(), 1) * counts).astype(np.float32)
+
+    def _led_to(self, histories: Iterable[Sequence[int]]) -> sparse.csr_array:
+        """float32 csr [batch, num_items + 1]: the weighted neighbours alone."""
         newest = self.newest_items(histories)
         lengths = [len(items) for items in newest]
         steps_back = np.concatenate([np.arange(n - 1, -1, -1) for n in lengths] or [np.empty(0)])
@@ -67,14 +91,4 @@ class NeighbourRetriever(CountingRetriever):
             ),
             shape=(len(newest), self.config.num_items + 1),
         )
-        scores = (rows @ self.weights).toarray()
-        counts = self.arrays["counts"]
-        scores += (_POPULARITY_SHARE / max(counts.max(), 1) * counts).astype(np.float32)
-        scores[:, 0] = -np.inf
-        return torch.from_numpy(scores)
-
-    def log_scores(self, histories: Iterable[Sequence[int]]) -> torch.Tensor:
-        """log(score / best score of the row + floor): items that nothing leads to are unlikely, not impossible."""
-        scores = self.score(histories)
-        best = scores.max(1, keepdim=True).values.clamp(min=1e-30)
-        return hide(scores.div_(best).add_(_FLOOR).log_())
+        return rows @ self.weights

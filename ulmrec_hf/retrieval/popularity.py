@@ -7,7 +7,6 @@ import numpy as np
 import torch
 
 from .base import CountingRetriever, RetrieverConfig, Sequences
-from .ranking import hide
 
 
 class PopularityConfig(RetrieverConfig):
@@ -34,10 +33,14 @@ class PopularityRetriever(CountingRetriever):
 
     def score(self, histories: Iterable[Sequence[int]]) -> torch.Tensor:
         """Train counts, float32 [batch, num_items + 1]; see `Retriever.score`."""
-        scores = torch.from_numpy(self.arrays["counts"].astype(np.float32))
-        scores[0] = -torch.inf
-        return scores.repeat(len(list(histories)), 1)
+        return _repeat(self.arrays["counts"], histories)
 
     def log_scores(self, histories: Iterable[Sequence[int]]) -> torch.Tensor:
         """log(1 + train count); see `Retriever.log_scores`."""
-        return hide(self.score(histories).log1p())
+        return _repeat(np.log1p(self.arrays["counts"]), histories)
+
+
+def _repeat(scores: np.ndarray, histories: Iterable[Sequence[int]]) -> torch.Tensor:
+    row = torch.from_numpy(scores.astype(np.float32))
+    row[0] = -torch.inf
+    return row.repeat(len(list(histories)), 1)
