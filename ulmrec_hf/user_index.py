@@ -4,6 +4,7 @@ import os
 import re
 import string
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from functools import cached_property
 
 import numpy as np
@@ -43,11 +44,22 @@ def perplexity(codes: np.ndarray, codebook_size: int) -> float:
 
 
 def pack_codes(codes: np.ndarray, codebook_size: int) -> np.ndarray:
-    """One int64 a row: the codes read as a number in base `codebook_size`, the first level the most significant."""
+    """One int64 a row: the codes read as a number in base `codebook_size`, the first level the most significant.
+
+    They fit where `check_indices` raises nothing.
+    """
     keys = np.zeros(len(codes), np.int64)
     for level in np.asarray(codes).T:
         keys = keys * codebook_size + level
     return keys
+
+
+def check_indices(levels: int, codebook_size: int) -> None:
+    """Raises a ValueError where an index is no number below 2^62, see `pack_codes`."""
+    if codebook_size**levels > 2**62:
+        raise ValueError(
+            f"{levels} levels of {codebook_size} codes are more than 2^62 indices: lower levels or codebook_size."
+        )
 
 
 # How a user's index is spelled, by (map, row). The paper's Figure 9 compares codes, numbers and ids.
@@ -96,6 +108,7 @@ class UserIndex:
             raise ValueError(f"{len(user_ids)} user ids but {len(codes)} rows of codes: each user needs one row.")
         if not 1 <= codebook_size <= MAX_CODEBOOK_SIZE:
             raise ValueError(f"codebook_size must be between 1 and {MAX_CODEBOOK_SIZE}, got {codebook_size}.")
+        check_indices(codes.shape[1], codebook_size)
         outside = np.argwhere((codes < 0) | (codes >= codebook_size))
         if len(outside):
             row, level = outside[0]
@@ -121,17 +134,18 @@ class UserIndex:
         self._check_unique_codes()
 
     def _check_unique_codes(self) -> None:
-        if not len(self):
+        if (self.keys[1:] > self.keys[:-1]).all():
             return
-        keys = self.codes.view(np.dtype((np.void, self.codes.itemsize * self.levels))).ravel()
+        keys = pack_codes(self.codes, self.codebook_size)
         _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
         repeated = np.flatnonzero(first[inverse] != np.arange(len(keys)))
-        if len(repeated):
-            row = repeated[0]
-            raise ValueError(
-                f"Users {self.user_ids[first[inverse[row]]]!r} and {self.user_ids[row]!r} share the index "
-                f"{spell_codes(self.codes[row])} ({len(repeated)} such rows): a user index must be unique."
-            )
+        self._refuse(repeated[0], self.user_ids[first[inverse[repeated[0]]]], len(repeated))
+
+    def _refuse(self, row: int, owner: str, count: int) -> None:
+        raise ValueError(
+            f"Users {owner!r} and {self.user_ids[row]!r} share the index {spell_codes(self.codes[row])} "
+            f"({count} such rows): a user index must be unique."
+        )
 
     @property
     def levels(self) -> int:
@@ -189,10 +203,23 @@ class UserIndex:
                 "them out of the other."
             )
         new = [row for row, user in enumerate(other) if user not in self]
-        user_ids = [*self.user_ids, *(other.user_ids[row] for row in new)]
-        codes = np.concatenate([self.codes, other.codes[new]])
-        numbers = np.concatenate([self.numbers, np.arange(len(self), len(user_ids))])
-        return UserIndex(user_ids, codes, self.codebook_size, self.kind, numbers)
+        codes, users = other.codes[new], [other.user_ids[row] for row in new]
+        keys = pack_codes(codes, self.codebook_size)
+        places = np.searchsorted(self.keys, keys)
+        taken = np.flatnonzero(self.keys[np.minimum(places, len(self) - 1)] == keys) if len(self) else []
+        if len(taken):
+            owner = np.flatnonzero((self.codes == codes[taken[0]]).all(axis=1))[0]
+            other._refuse(new[taken[0]], self.user_ids[owner], len(taken))
+        # Both maps are sound, and so is the result: only what is new is looked at, since one user may join a million.
+        merged = copy(self)
+        merged.user_ids = self.user_ids + users
+        merged.codes = np.concatenate([self.codes, codes])
+        merged.numbers = np.concatenate([self.numbers, np.arange(len(self), len(self) + len(new), dtype=np.int32)])
+        merged.codes.flags.writeable = merged.numbers.flags.writeable = False
+        merged._rows = self._rows | {user: len(self) + place for place, user in enumerate(users)}
+        order = keys.argsort()
+        merged.keys = np.insert(self.keys, places[order], keys[order])
+        return merged
 
     def shuffled(self, seed: int) -> "UserIndex":
         """The same users and the same set of codes (numbers, ids), dealt out anew: what a placebo run uses."""

@@ -5,7 +5,7 @@ from collections import Counter
 
 import numpy as np
 
-from ..user_index import pack_codes
+from ..user_index import check_indices, pack_codes
 
 _DISTANCES = 2**22  # computed at once, 16 MB
 _CACHED_NODES = 65_536
@@ -228,8 +228,7 @@ def _check(vectors: np.ndarray, codebooks: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def check_capacity(users: int, levels: int, size: int) -> None:
-    if size**levels > 2**62:
-        raise ValueError(f"{levels} levels of {size} codes are more than 2^62 indices: lower levels or codebook_size.")
+    check_indices(levels, size)
     if users > size**levels:
         needed = size
         while needed**levels < users:
