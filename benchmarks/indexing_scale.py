@@ -1,7 +1,8 @@
 """User indexing for up to ten million users: time and memory of unique codes, of one new user, and of the training.
 
     python benchmarks/indexing_scale.py                                           # 10,000 to 1 million users
-    python benchmarks/indexing_scale.py --users 100000 1000000 10000000
+    python benchmarks/indexing_scale.py --parts assign --users 1000000 10000000
+    python benchmarks/indexing_scale.py --parts assign --users 10000000 --topics 20000      # as crowded as 1 million
     python benchmarks/indexing_scale.py --parts assign --users 100000 --equal 50000       # so many users are the same
     python benchmarks/indexing_scale.py --parts train --data_folder output/beauty/data
 
@@ -34,17 +35,17 @@ ITEMS, ITEM_DIM = 100_000, 128  # of the new users
 CONFIG = Path(__file__).parents[1] / "recipes" / "configs" / "indexing" / "titles.yaml"
 
 
-def synthetic_latents(users: int, equal: int = 0) -> np.ndarray:
+def synthetic_latents(users: int, equal: int = 0, topics: int = TOPICS) -> np.ndarray:
     """Seeded float32 [users, DIM]; the first `equal` of them are one vector."""
     world = np.random.default_rng(0)
-    centres = world.standard_normal((TOPICS, DIM), dtype=np.float32)
-    directions = world.standard_normal((TOPICS, FLAT, DIM), dtype=np.float32) / 6
-    shares = np.cumsum(np.arange(1, TOPICS + 1) ** -0.8)
+    centres = world.standard_normal((topics, DIM), dtype=np.float32)
+    directions = world.standard_normal((topics, FLAT, DIM), dtype=np.float32) / 6
+    shares = np.cumsum(np.arange(1, topics + 1) ** -0.8)
 
     def draw(rng: np.random.Generator, count: int) -> np.ndarray:
-        topics = np.searchsorted(shares, rng.random(count) * shares[-1])
+        drawn = np.searchsorted(shares, rng.random(count) * shares[-1])
         places = rng.standard_normal((count, 1, FLAT), dtype=np.float32)
-        return centres[topics] + (places @ directions[topics])[:, 0]
+        return centres[drawn] + (places @ directions[drawn])[:, 0]
 
     likes, rng = draw(world, LIKES), np.random.default_rng(1)
     latents = np.empty((users, DIM), np.float32)
@@ -57,22 +58,22 @@ def synthetic_latents(users: int, equal: int = 0) -> np.ndarray:
     return latents
 
 
-def make_codebooks(folder: Path) -> dict[str, float]:
+def make_codebooks(folder: Path, topics: int) -> dict[str, float]:
     import torch
 
     from ulmrec_hf.indexing.indexer import UserIndexer
 
     torch.manual_seed(0)
     indexer = UserIndexer(embedding_dim=DIM, codebook_size=CODES, levels=LEVELS, code_dim=DIM, attention=False)
-    indexer.start_codebooks(torch.from_numpy(synthetic_latents(SAMPLE)))
+    indexer.start_codebooks(torch.from_numpy(synthetic_latents(SAMPLE, topics=topics)))
     np.save(folder / "codebooks.npy", indexer.codebooks.numpy())
     return {}
 
 
-def assign(users: int, equal: int, folder: Path) -> dict[str, float]:
+def assign(users: int, equal: int, topics: int, folder: Path) -> dict[str, float]:
     from ulmrec_hf.indexing.assignment import assign_unique, count_collisions, nearest_codes
 
-    codebooks, latents = np.load(folder / "codebooks.npy"), synthetic_latents(users, equal)
+    codebooks, latents = np.load(folder / "codebooks.npy"), synthetic_latents(users, equal, topics)
     assign_unique(latents[:1000], codebooks)  # what only the first call costs
     before, start = peak(), (time.perf_counter(), time.process_time())
     codes = assign_unique(latents, codebooks)
@@ -136,17 +137,18 @@ def index_new_user(users: int, calls: int) -> dict[str, float]:
 
 def train(data_folder: str, config: str) -> dict[str, float]:
     import yaml
-    from index_quality import fit_inputs_of, fit_users
+    from index_quality import embed, fit_users
     from transformers.utils import logging
 
     from ulmrec_hf.indexing.arguments import IndexArguments
+    from ulmrec_hf.indexing.build import encode_train_part
     from ulmrec_hf.indexing.inputs import read_inputs
 
     logging.set_verbosity_error()
     args = IndexArguments(**yaml.safe_load(Path(config).read_text(encoding="utf-8")))
     clocks = [(time.perf_counter(), time.process_time())]
     weights, texts, part = read_inputs(args.inputs, args.input_weights, data_folder)
-    fitted, dataset = fit_inputs_of(args, weights, texts, part)
+    fitted, dataset = encode_train_part(args, weights, texts, part, embed)
     clocks.append((time.perf_counter(), time.process_time()))
     fit_users(args, fitted, dataset)
     clocks.append((time.perf_counter(), time.process_time()))
@@ -167,7 +169,16 @@ def peak() -> int:
 def measure(job: str, args: argparse.Namespace, folder: str, users: int = 0, equal: int = 0) -> dict:
     """Runs one job in a process of its own."""
     command = [sys.executable, __file__, "--job", job, "--folder", folder, "--users", str(users), "--equal", str(equal)]
-    command += ["--calls", str(args.calls), "--config", args.config, "--data_folder", args.data_folder or ""]
+    command += [
+        "--topics",
+        str(args.topics),
+        "--calls",
+        str(args.calls),
+        "--config",
+        args.config,
+        "--data_folder",
+        args.data_folder or "",
+    ]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])
 
 
@@ -202,6 +213,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=["assign", "new_user", "train"])
     parser.add_argument("--users", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--equal", type=int, default=0, help="measure also with so many users that are the same")
+    parser.add_argument("--topics", type=int, default=TOPICS, help="clouds that the users fall into")
     parser.add_argument("--calls", type=int, default=200, help="new users that are timed")
     parser.add_argument("--data_folder", help="a finished data stage to train on")
     parser.add_argument("--config", default=str(CONFIG), help="YAML of the training")
@@ -211,8 +223,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.job:
         jobs = {
-            "codebooks": lambda: make_codebooks(Path(args.folder)),
-            "assign": lambda: assign(args.users[0], args.equal, Path(args.folder)),
+            "codebooks": lambda: make_codebooks(Path(args.folder), args.topics),
+            "assign": lambda: assign(args.users[0], args.equal, args.topics, Path(args.folder)),
             "new_user": lambda: index_new_user(args.users[0], args.calls),
             "train": lambda: train(args.data_folder, args.config),
         }

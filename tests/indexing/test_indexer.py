@@ -103,6 +103,23 @@ def test_attention_receives_gradient(dataset):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("users", [240, 5])
+def test_refitted_codebooks_are_the_means_of_those_nearest(preset, users):
+    """Lloyd's fixed point, level by level; of 5 users each has a code of its own, and the rest are repeated."""
+    torch.manual_seed(0)
+    indexer, latents = UserIndexer(**SIZES, preset=preset), torch.randn(users, 6)
+    indexer.refit_codebooks(latents)
+    codes, residuals = nearest_codes(latents.numpy(), indexer.codebooks.numpy()), latents.numpy().copy()
+    for level, codebook in enumerate(indexer.codebooks.numpy()):
+        for code in np.unique(codes[:, level]):
+            mean = residuals[codes[:, level] == code].mean(axis=0)
+            np.testing.assert_allclose(codebook[code], mean, atol=0.05 if users > 8 else 1e-5)
+        residuals -= codebook[codes[:, level]]
+    assert len(np.unique(codes[:, 0])) == min(users, 8)
+    assert np.abs(residuals).max() < (3.0 if users > 8 else 1e-5)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
 def test_quantization_loss_is_eq_5(preset):
     torch.manual_seed(0)
     indexer = UserIndexer(**SIZES, preset=preset, beta=0.25)

@@ -212,6 +212,23 @@ class UserIndexer(nn.Module, PyTorchModelHubMixin):
         self.quantizer(latents)
         self.train(training)
 
+    @torch.no_grad()
+    def refit_codebooks(self, latents: torch.Tensor, seed: int = 0) -> None:
+        """Sets every level's codebook to k-means, from a k-means++ start, of what the levels before leave of `latents`.
+
+        Args:
+            latents: float [users, code_dim], on the CPU.
+            seed: of the start.
+        """
+        from sklearn.cluster import KMeans
+
+        residuals = latents.numpy().copy()
+        for layer in self.quantizer.layers:
+            kmeans = KMeans(min(self.codebook_size, len(residuals)), max_iter=100, random_state=seed).fit(residuals)
+            centres = np.resize(kmeans.cluster_centers_, (self.codebook_size, self.code_dim))  # few users: repeated
+            layer._codebook.embed.copy_(torch.from_numpy(centres))
+            residuals -= centres[kmeans.labels_]
+
 
 class UserDataset(Dataset):
     """One row a user: the vectors of the newest interactions, and of the id string; read from tables as they are asked.
@@ -310,7 +327,7 @@ def train_indexer(
             Trainer(indexer, arguments, train_dataset=dataset, data_collator=dataset.collate).train()
     indexer.cpu().eval()
     if refit_codebooks:
-        indexer.start_codebooks(latent_vectors(indexer, dataset, limit=_KMEANS_USERS))
+        indexer.refit_codebooks(latent_vectors(indexer, dataset, limit=_KMEANS_USERS), seed)
 
 
 @torch.no_grad()
