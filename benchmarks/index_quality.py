@@ -31,9 +31,9 @@ from transformers.utils import logging
 from ulmrec_hf.files import write_json
 from ulmrec_hf.indexing.arguments import PRESETS, IndexArguments
 from ulmrec_hf.indexing.assignment import assign_new, assign_unique, count_collisions, nearest_codes
-from ulmrec_hf.indexing.build import encode_train_part, fit_indexer
+from ulmrec_hf.indexing.build import encode_train_part, fit_encoder, fit_indexer
 from ulmrec_hf.indexing.encoder import TextEncoder, TfidfEncoder
-from ulmrec_hf.indexing.indexer import UserDataset, UserIndexer, _vectors, latent_vectors
+from ulmrec_hf.indexing.indexer import UserDataset, UserIndexer, latent_vectors, user_vectors
 from ulmrec_hf.indexing.inputs import (
     ArrayTable,
     Input,
@@ -232,7 +232,7 @@ def mean_vectors(dataset: UserDataset) -> np.ndarray:
     """float32 [users, dim]: the mean of each user's vectors, at length 1."""
     pooling = UserIndexer(dataset.dim, 1, 1, 1, hidden_sizes=(), attention=False)
     with torch.no_grad():
-        return torch.cat(list(_vectors(pooling, dataset, range(len(dataset))))).numpy()
+        return torch.cat(list(user_vectors(pooling, dataset, range(len(dataset))))).numpy()
 
 
 def parse_mix(mix: str) -> dict[str, Any]:
@@ -261,7 +261,7 @@ def all_runs(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for mix, seed in itertools.product(available(args.data_folder, args.inputs), args.seeds):
         first = IndexArguments(**parse_mix(mix), seed=seed, attention="on" in args.attention, **settings)
         weights, texts, train = read_inputs(first.inputs, first.input_weights, args.data_folder)
-        fitted, dataset = encode_train_part(first, weights, texts, train, embed)
+        fitted, dataset = encode_train_part(first, weights, texts, train, fit_encoder(first, texts), embed)
         record = {"inputs": mix, "attention": "", "seed": seed}
         vectors = mean_vectors(dataset)
         if seed == args.seeds[0]:
@@ -274,7 +274,9 @@ def all_runs(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             drawn = np.random.default_rng(seed).permutation(judge.users)[: max(1, round(args.new_users * judge.users))]
             new[drawn] = True
             old_part, new_part = (part_of(texts, train, np.flatnonzero(mask)) for mask in (~new, new))
-            old_fitted, old_dataset = encode_train_part(first, weights, *old_part, embed)
+            old_fitted, old_dataset = encode_train_part(
+                first, weights, *old_part, fit_encoder(first, old_part[0]), embed
+            )
             new_dataset = inputs_of_new_users(first, old_fitted, *new_part)
         for preset, attention in itertools.product(args.presets, args.attention):
             one = replace(first, preset=preset, attention=attention == "on")

@@ -141,14 +141,14 @@ def train(data_folder: str, config: str) -> dict[str, float]:
     from transformers.utils import logging
 
     from ulmrec_hf.indexing.arguments import IndexArguments
-    from ulmrec_hf.indexing.build import encode_train_part
+    from ulmrec_hf.indexing.build import encode_train_part, fit_encoder
     from ulmrec_hf.indexing.inputs import read_inputs
 
     logging.set_verbosity_error()
     args = IndexArguments(**yaml.safe_load(Path(config).read_text(encoding="utf-8")))
     clocks = [(time.perf_counter(), time.process_time())]
     weights, texts, part = read_inputs(args.inputs, args.input_weights, data_folder)
-    fitted, dataset = encode_train_part(args, weights, texts, part, embed)
+    fitted, dataset = encode_train_part(args, weights, texts, part, fit_encoder(args, texts), embed)
     clocks.append((time.perf_counter(), time.process_time()))
     fit_users(args, fitted, dataset)
     clocks.append((time.perf_counter(), time.process_time()))

@@ -17,6 +17,7 @@ _MODULE_OF = {
     "UserIndexer": "indexing.indexer",
     "UserRanker": "ranker",
     "UserTokenizer": "tokenization_user",
+    "load_retriever": "retrieval.base",
 }
 
 __version__ = "0.1.0"

@@ -153,7 +153,7 @@ class Report:
             k, ceiling = self.num_candidates, self.ceiling(split)
             parts.append(f"## {split.capitalize()}")
             parts.append(
-                f"{len(self.in_candidates[split]):,} users with {k} candidates each. The candidates hold the target of "
+                f"{len(self.in_candidates[split]):,} users with up to {k} candidates each. These hold the target of "
                 f"{'no' if math.isnan(ceiling) else f'{100 * ceiling:.1f} % of the'} users: this Recall@{k} of the "
                 "retriever is the ceiling of every Recall in the Overall table."
             )

@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,21 @@ def stage_fingerprint(folder: str | os.PathLike) -> str:
     if not record.is_file():
         raise ValueError(f"{folder} is not a finished stage: {RECORD} is missing there. Run the earlier stage first.")
     return json.loads(record.read_text(encoding="utf-8"))["fingerprint"]
+
+
+def check_types(settings: Any) -> None:
+    """Refuses what YAML may put into a dataclass's field of type int, float, bool or str.
+
+    Raises:
+        ValueError: a value of another type; the message names the setting.
+    """
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    for each in fields(settings):
+        value = getattr(settings, each.name)
+        if value is None and each.default is None:  # a parser may have taken `str | None` for str
+            continue
+        if each.type in words and type(value) not in ((int, float) if each.type is float else (each.type,)):
+            raise ValueError(f"{each.name} is {value!r}; it must be {words[each.type]}.")
 
 
 def stage_is_current(

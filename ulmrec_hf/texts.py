@@ -77,7 +77,7 @@ def read_user_texts(data_folder: str | os.PathLike, kind: str = "auto", *, train
     reviews = _reviews(interactions)
     has_reviews = reviews.null_count < len(reviews)
     if kind == "reviews" and not has_reviews:
-        raise ValueError(f"text is reviews, but {folder} has no review text in its train part: set text to titles.")
+        raise ValueError(f"{folder} has no review text in its train part: ask for titles instead of reviews.")
     kind = "reviews" if kind != "titles" and has_reviews else "titles"
     encoded = (reviews if kind == "reviews" else _titles(interactions["item"], folder)).dictionary_encode()
     text_ids = pc.fill_null(encoded.indices, -1).to_numpy().astype(np.int32)

@@ -128,6 +128,8 @@ class UserIndex:
         self.numbers.flags.writeable = False
         self._rows: dict[str, int] = {}
         for row, user_id in enumerate(self.user_ids):
+            if not isinstance(user_id, str):
+                raise ValueError(f"User ids must be strings; row {row} has {user_id!r}.")
             first = self._rows.setdefault(user_id, row)
             if first != row:
                 raise ValueError(f"User id {user_id!r} occurs twice, in rows {first} and {row}: ids must be unique.")

@@ -54,6 +54,10 @@ def test_saved_indexer_indexes_new_users_near_their_like(stage):
     assert len(whole) == 68 and whole.codes[:60].tolist() == index.codes.tolist()
     with pytest.raises(ValueError, match="User 'new0' has an index already"):
         indexer.index(["again"], used=whole, user_id="new0")
+    with pytest.raises(ValueError, match="reviews is one string; give a list"):
+        indexer.index("again", used=whole, user_id="other")
+    with pytest.raises(ValueError, match="User ids must be strings; row 0 has 5"):
+        indexer.index(["again"], used=whole, user_id=5)
     with pytest.raises(ValueError, match="titles: this index was made from reviews"):
         indexer.index(["again"], used=whole, user_id="other", titles=["tent"])
 
@@ -105,8 +109,9 @@ def test_a_killed_run_goes_on_with_its_embeddings_and_ends_with_the_same_bytes(t
         patch.setattr("ulmrec_hf.indexing.indexer.train_indexer", kill)
         with pytest.raises(KeyboardInterrupt):
             index_users(IndexArguments(**SMALL), tmp_path / "killed" / "data", tmp_path / "killed")
-    shards = list((tmp_path / "killed" / "index.partial" / "embeddings").rglob("*.safetensors"))
-    assert shards
+    shards = tmp_path / "killed" / "index.partial" / "embeddings"
+    assert list(shards.rglob("embeddings-*")) and (shards / "encoder").is_dir()
+    monkeypatch.setattr(encoders.TfidfEncoder, "fit", kill)  # another machine might round otherwise
     encode = encoders.TfidfEncoder.encode
     asked = []
     monkeypatch.setattr(encoders.TfidfEncoder, "encode", lambda self, texts: asked.append(texts) or encode(self, texts))
@@ -114,6 +119,20 @@ def test_a_killed_run_goes_on_with_its_embeddings_and_ends_with_the_same_bytes(t
     assert not asked
     for name in ("user_index.parquet", "report.json", "indexer/model.safetensors"):
         assert (whole / name).read_bytes() == (killed / name).read_bytes(), name
+
+
+def test_embeddings_of_an_encoder_that_has_changed_are_made_again(tmp_path, caplog):
+    write_data_stage(tmp_path / "data", 20)
+    whole = index_users(IndexArguments(**SMALL), tmp_path / "data", tmp_path)
+    expected = (whole / "user_index.parquet").read_bytes()
+    whole.rename(tmp_path / "index.partial")
+    old = tmp_path / "index.partial" / "embeddings" / "encoder"
+    encoders.TfidfEncoder(16).fit(["other words", "than these"]).save(old.mkdir(parents=True) or old)
+    saved = old / "encoder.json"
+    saved.write_text(saved.read_text().replace('"weights": "', '"weights": "0'))
+    again = index_users(IndexArguments(**SMALL), tmp_path / "data", tmp_path)
+    assert (again / "user_index.parquet").read_bytes() == expected
+    assert "The embeddings so far are dropped. The encoder 'tfidf' has other weights" in caplog.text
 
 
 @pytest.mark.parametrize("reviews", [True, False])
@@ -154,7 +173,7 @@ def test_nan_embeddings(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"'tfidf' gave NaN or infinite embeddings for \d+ of \d+ texts"):
         index_users(IndexArguments(**SMALL), tmp_path / "data", tmp_path)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["data", "index.partial"]
-    assert not list((tmp_path / "index.partial").rglob("*.safetensors"))  # nothing half-written
+    assert not list((tmp_path / "index.partial").rglob("embeddings-*"))  # nothing half-written
 
 
 def test_codebook_too_small(tmp_path):
@@ -185,6 +204,10 @@ def test_not_run_again_and_other_settings_refused(stage):
         ({"levels": 27}, "levels is 27; it must be between 1 and 26"),
         ({"max_reviews": 0}, "max_reviews is 0; it must be above 0"),
         ({"steps": -1}, "steps is -1; it must be 0 or more"),
+        ({"codebook_size": 16.5}, "codebook_size is 16.5; it must be a whole number"),
+        ({"attention": "no"}, "attention is 'no'; it must be true or false"),
+        ({"input_weights": 2.0}, "input_weights is 2.0; it must be a list of numbers"),
+        ({"seed": 2**32}, "seed is 4294967296; it must be below"),
     ],
 )
 def test_bad_settings(settings, message):

@@ -98,6 +98,10 @@ def test_any_bert(bert, tmp_path):
     saved.write_text(saved.read_text().replace('"dim": 16', '"dim": 8'))
     with pytest.raises(ValueError, match="length 16, but 8 were saved"):
         load_encoder(tmp_path)
+    encoder.save(tmp_path)
+    saved.write_text(saved.read_text().replace(encoder.weights, "another"))
+    with pytest.raises(ValueError, match="has other weights than those that"):
+        load_encoder(tmp_path)
 
 
 @pytest.mark.parametrize("pooling", encoders.POOLINGS)

@@ -69,6 +69,22 @@ def test_new_users_get_the_vectors_that_training_users_got():
     assert len(newest) == 2 and texts.encode(reviews=[""]).shape == texts.encode().shape == (0, 3)
 
 
+def test_values_as_people_have_them():
+    titles = InputEncoder({"titles": 1.0}, TfidfEncoder(4).fit(["red lamp", "blue tent", "red tent"]))
+    expected = titles.encode(titles=["red lamp", "blue tent"])
+    for values in (["red lamp", None, "blue tent"], iter(["red lamp", float("nan"), "blue tent"])):
+        np.testing.assert_array_equal(titles.encode(titles=values), expected)
+    with pytest.raises(ValueError, match="titles must be strings, or None where one is missing; got 5"):
+        titles.encode(titles=[5])
+    ratings = InputEncoder({"ratings": 1.0, "times": 1.0}, ranges={"ratings": [1, 5], "times": [0.0, 1e9]})
+    assert len(ratings.encode(ratings=[None, 4, None], times=[None, None, 5])) == 2
+    for value in ("5", np.datetime64("2020-01-01")):
+        with pytest.raises(ValueError, match="times must be numbers, or None where one is missing"):
+            ratings.encode(times=[value])
+    with pytest.raises(ValueError, match="ratings is one string; give a list"):
+        ratings.encode(ratings="5")
+
+
 def test_saves_and_loads_the_same(tmp_path):
     train = make_train([[1, 2, 3], [3, 2]], ratings=[5, 1, 3, 2, 2])
     weights = {"cooccurrence": 1.0, "ratings": 0.5}

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from ..stages import check_types
+
 DATA_FORMATS = ("amazon", "csv", "jsonl", "parquet", "hub", "sequences", "synthetic")
 
 
@@ -39,12 +41,12 @@ class DataArguments:
     synthetic_seed: int = field(default=0, metadata={"help": "Seed of the toy world."})
 
     def __post_init__(self):
+        check_types(self)
         if self.data_format not in DATA_FORMATS:
             raise ValueError(f"data_format is {self.data_format!r}; it must be one of {', '.join(DATA_FORMATS)}.")
         for name, least in (("k_core", 0), ("synthetic_users", 1), ("synthetic_seed", 0)):
-            value = getattr(self, name)
-            if type(value) is not int or value < least:
-                raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {least}.")
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
         if self.data_format == "synthetic":
             for name in ("interactions", "items"):
                 if getattr(self, name) is not None:

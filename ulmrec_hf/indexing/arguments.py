@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from ..stages import check_types
 from ..user_index import KINDS, MAX_CODEBOOK_SIZE, MAX_LEVELS
 
 INPUTS = ("auto", "reviews", "titles", "cooccurrence", "ratings", "times")
@@ -83,6 +84,7 @@ class IndexArguments:
     seed: int = field(default=0, metadata={"help": "Seed of everything random in the indexing."})
 
     def __post_init__(self):
+        check_types(self)
         for name, choices in (("pooling", POOLINGS), ("preset", PRESETS), ("index_kind", KINDS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}.")
@@ -90,6 +92,8 @@ class IndexArguments:
             raise ValueError(f"inputs is {self.inputs}; it must hold some of {', '.join(INPUTS)}, each once.")
         if "auto" in self.inputs and {"reviews", "titles"} & set(self.inputs):
             raise ValueError("inputs holds auto, which stands for reviews or titles: name one or the other.")
+        if not isinstance(self.input_weights, list) or any(type(w) not in (int, float) for w in self.input_weights):
+            raise ValueError(f"input_weights is {self.input_weights!r}; it must be a list of numbers.")
         if self.input_weights and len(self.input_weights) != len(self.inputs):
             raise ValueError(
                 f"input_weights has {len(self.input_weights)} numbers for {len(self.inputs)} inputs: give one for each."
@@ -102,6 +106,8 @@ class IndexArguments:
         for name in ("code_dim", "embedding_dim", "cooccurrence_dim", "max_reviews", "learning_rate"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0.")
+        if self.seed >= 2**32:
+            raise ValueError(f"seed is {self.seed}; it must be below 2^32.")
         for name in ("autoencoder_steps", "steps", "batch_size", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more.")

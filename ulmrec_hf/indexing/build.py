@@ -9,8 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
+from ..files import atomic_folder
 from ..stages import run_stage, stage_fingerprint
 from ..texts import UserTexts, read_user_texts
 from ..user_index import UserIndex
@@ -59,28 +58,35 @@ def index_users(
     )
 
 
+def fit_encoder(args: IndexArguments, texts: Mapping[str, UserTexts]) -> "TextEncoder | None":
+    """The text encoder, fitted on these texts (see `read_inputs`); None without texts."""
+    from .encoder import make_encoder
+
+    if not texts:
+        return None
+    encoder = make_encoder(args.encoder, args.embedding_dim, args.seed, pooling=args.pooling)
+    return encoder.fit([text for part in texts.values() for text in part.texts])
+
+
 def encode_train_part(
     args: IndexArguments,
     weights: Mapping[str, float],
     texts: Mapping[str, UserTexts],
     train: "TrainPart",
+    encoder: "TextEncoder | None",
     embed: Callable[["TextEncoder", str, Sequence[str]], "Table"],
 ) -> tuple["InputEncoder", "UserDataset"]:
     """Fits what turns a user's interactions into vectors, and gives those of the train part.
 
     Args:
         weights, texts, train: see `read_inputs`.
-        embed: gives a table of vectors by the fitted text encoder, what is encoded (the name of an input, or
+        encoder: see `fit_encoder`.
+        embed: gives a table of vectors by the text encoder, what is encoded (the name of an input, or
             "user_ids") and the strings.
     """
-    from .encoder import make_encoder
     from .indexer import UserDataset
     from .inputs import ArrayTable, fit_inputs
 
-    encoder = None
-    if texts:
-        encoder = make_encoder(args.encoder, args.embedding_dim, args.seed, pooling=args.pooling)
-        encoder.fit([text for part in texts.values() for text in part.texts])
     fitted, inputs = fit_inputs(
         weights,
         texts,
@@ -128,10 +134,26 @@ def fit_indexer(args: IndexArguments, fitted: "InputEncoder", dataset: "UserData
     return indexer
 
 
+def _save_encoder(args: IndexArguments, texts: Mapping[str, UserTexts], shards: Path) -> None:
+    """Fits the encoder and saves it, but where a killed run has left it, and embeddings by it."""
+    from .encoder import load_encoder
+
+    if (shards / "encoder").is_dir():
+        try:
+            load_encoder(shards / "encoder")
+            return
+        except ValueError as error:
+            logger.warning("The embeddings so far are dropped. %s", error)
+            shutil.rmtree(shards)
+    with atomic_folder(shards / "encoder") as partial:
+        fit_encoder(args, texts).save(partial)
+
+
 def _build(args: IndexArguments, data_folder: str | os.PathLike, folder: Path, state: "PartialState") -> None:
     from .assignment import assign_unique, check_capacity, count_collisions, nearest_codes
     from .embeddings import write_embeddings
-    from .indexer import latent_vectors, reconstruction_errors
+    from .encoder import load_encoder
+    from .indexer import latent_vectors, reconstruction_errors, user_vectors
     from .inputs import read_inputs
     from .quality import index_quality, write_quality_report
 
@@ -142,7 +164,14 @@ def _build(args: IndexArguments, data_folder: str | os.PathLike, folder: Path, s
     def embed(encoder: "TextEncoder", name: str, strings: Sequence[str]) -> "Table":
         return write_embeddings(shards / name, strings, encoder, user_ids=name == "user_ids", state=state)
 
-    fitted, dataset = encode_train_part(args, weights, texts, train, embed)
+    encoder = None
+    if texts:
+        if state.is_main_process:
+            _save_encoder(args, texts, shards)
+        state.wait_for_everyone()
+        # Read even where it was just written: a run that goes on, or another process, may not fit the same last bits.
+        encoder = load_encoder(shards / "encoder")
+    fitted, dataset = encode_train_part(args, weights, texts, train, encoder, embed)
     if not state.is_main_process:
         return  # only encoding is shared
     indexer = fit_indexer(args, fitted, dataset)
@@ -150,7 +179,7 @@ def _build(args: IndexArguments, data_folder: str | os.PathLike, folder: Path, s
     nearest = nearest_codes(latents, codebooks)
     codes = assign_unique(latents, codebooks)
     index = UserIndex(train.user_ids, codes, args.codebook_size, args.index_kind)
-    silent = int((np.diff(dataset.offsets) == 0).sum())
+    silent = sum(int((~vectors.any(dim=1)).sum()) for vectors in user_vectors(indexer, dataset, range(len(dataset))))
     if silent:
         logger.warning("%d users have nothing in their train part to be indexed by: their vector is zero", silent)
 

@@ -246,14 +246,16 @@ class PretrainedEncoder(TextEncoder):
 
 def make_encoder(name: str, dim: int = 384, seed: int = 0, pooling: str = "auto") -> TextEncoder:
     """The encoder that the setting `encoder` names; `dim` and `seed` serve "tfidf" only, `pooling` all others."""
-    return TfidfEncoder(dim, seed) if name == TfidfEncoder.name else PretrainedEncoder(name, pooling)
+    if name == TfidfEncoder.name:
+        return TfidfEncoder(dim, seed)
+    return PretrainedEncoder(os.path.abspath(name) if os.path.isdir(name) else name, pooling)  # found from anywhere
 
 
 def load_encoder(folder: str | os.PathLike) -> TextEncoder:
     """Reads an encoder that `TextEncoder.save` wrote.
 
     Raises:
-        ValueError: there is none, or its model now gives vectors of another length.
+        ValueError: there is none, or its model now gives vectors of another length or has other weights.
     """
     description = Path(folder) / "encoder.json"
     if not description.is_file():
@@ -267,6 +269,11 @@ def load_encoder(folder: str | os.PathLike) -> TextEncoder:
         raise ValueError(
             f"The encoder {saved['name']!r} gives vectors of length {encoder.dim}, but {saved['dim']} were saved in "
             f"{folder}: name the model that the index was made with."
+        )
+    if encoder.weights != saved["weights"]:
+        raise ValueError(
+            f"The encoder {saved['name']!r} has other weights than those that {folder} was made with: bring them back, "
+            "or make the index anew."
         )
     return encoder
 

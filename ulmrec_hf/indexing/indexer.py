@@ -154,7 +154,7 @@ class UserIndexer(nn.Module, PyTorchModelHubMixin):
                 ids), `ratings`, `times`, one value for each interaction.
 
         Returns:
-            A `UserIndex` of this one user.
+            A `UserIndex` of this one user, of the same kind; a number is the user's own only after the merge.
 
         Raises:
             ValueError: the user has an index already, all indices are in use, the indexer was loaded without its
@@ -171,7 +171,7 @@ class UserIndexer(nn.Module, PyTorchModelHubMixin):
                 f"the map has {used.levels} levels of {used.codebook_size} codes, this indexer {self.levels} of "
                 f"{self.codebook_size}: they do not belong together."
             )
-        values = ({"reviews": reviews} if len(reviews) else {}) | others
+        values = ({"reviews": reviews} if reviews is not None and len(reviews) else {}) | others
         vectors = torch.from_numpy(self.inputs.encode(**values))[None]
         told = vectors.any(-1)
         ids = torch.zeros(1, 0)
@@ -179,7 +179,7 @@ class UserIndexer(nn.Module, PyTorchModelHubMixin):
             ids = torch.from_numpy(self.inputs.encode_user_ids([user_id]))
         latents = self.encoder(self.pool(vectors[:, told[0]], told[:, told[0]], ids))
         codes = assign_new(latents.numpy(), self.codebooks.numpy(), used.keys)
-        return UserIndex([user_id], codes, self.codebook_size)
+        return UserIndex([user_id], codes, self.codebook_size, used.kind)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         super()._save_pretrained(save_directory)
@@ -334,7 +334,8 @@ def train_indexer(
 def latent_vectors(indexer: UserIndexer, dataset: UserDataset, limit: int | None = None) -> torch.Tensor:
     """float32 [users, code_dim], of an even sample of at most `limit` users where one is given."""
     step = 1 if limit is None else max(1, -(-len(dataset) // limit))
-    return torch.cat([indexer.encoder(vectors) for vectors in _vectors(indexer, dataset, range(0, len(dataset), step))])
+    every = range(0, len(dataset), step)
+    return torch.cat([indexer.encoder(vectors) for vectors in user_vectors(indexer, dataset, every)])
 
 
 @torch.no_grad()
@@ -342,7 +343,7 @@ def reconstruction_errors(indexer: UserIndexer, dataset: UserDataset, codes: np.
     """Mean squared length of `x_u - x_hat_u`, with `x_hat_u` decoded from the first 1, 2, ... codes."""
     codebooks, codes = indexer.codebooks, torch.from_numpy(codes.astype(np.int64))
     errors, begin = torch.zeros(indexer.levels, dtype=torch.float64), 0
-    for vectors in _vectors(indexer, dataset, range(len(dataset))):
+    for vectors in user_vectors(indexer, dataset, range(len(dataset))):
         quantized = torch.zeros(len(vectors), indexer.code_dim)
         for level, codebook in enumerate(codebooks):
             quantized = quantized + codebook[codes[begin : begin + len(vectors), level]]
@@ -351,7 +352,9 @@ def reconstruction_errors(indexer: UserIndexer, dataset: UserDataset, codes: np.
     return [round(error, 4) for error in (errors / len(dataset)).tolist()]
 
 
-def _vectors(indexer: UserIndexer, dataset: UserDataset, users: range) -> Iterator[torch.Tensor]:
+@torch.no_grad()
+def user_vectors(indexer: UserIndexer, dataset: UserDataset, users: range) -> Iterator[torch.Tensor]:
+    """`x_u` of these users in batches, float32 [batch, embedding_dim]."""
     device = next(indexer.parameters()).device
     for begin in range(0, len(users), _ENCODE_BATCH):
         batch = dataset.collate(list(users[begin : begin + _ENCODE_BATCH]))

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -160,6 +160,10 @@ class InputEncoder:
         unknown = sorted(set(values) - set(self.weights))
         if unknown:
             raise ValueError(f"{', '.join(unknown)}: this index was made from {', '.join(self.weights)}.")
+        for name, part in values.items():
+            if isinstance(part, str):
+                raise ValueError(f"{name} is one string; give a list, with one value for each interaction.")
+        values = {name: self._read(name, part) for name, part in values.items()}
         lengths = {len(part) for part in values.values()}
         if len(lengths) > 1:
             raise ValueError(
@@ -176,6 +180,19 @@ class InputEncoder:
     def encode_user_ids(self, user_ids: Sequence[str]) -> np.ndarray:
         """`e_ou` of eq. (1), float32 [users, user_dim]: by the text encoder, or hashed where there is none."""
         return (self.encoder or TfidfEncoder(_HASHED_DIM)).encode_user_ids(user_ids)
+
+    def _read(self, name: str, values: Iterable[Any]) -> list[Any]:
+        """The values as a list, NaN in place of a missing number and None of a missing string."""
+        values = [None if isinstance(value, float) and np.isnan(value) else value for value in values]
+        if name in ("ratings", "times"):
+            wrong = [value for value in values if not isinstance(value, int | float | np.integer | np.floating | None)]
+            values = [np.nan if value is None else value for value in values]
+        else:
+            wrong = [value for value in values if not isinstance(value, str | None)]
+        if wrong:
+            kind = "numbers" if name in ("ratings", "times") else "strings"
+            raise ValueError(f"{name} must be {kind}, or None where one is missing; got {wrong[0]!r}.")
+        return values
 
     def _told(self, name: str, values: Sequence[Any]) -> list[bool]:
         """Which of the values are there."""
@@ -270,7 +287,7 @@ def read_inputs(
     any_texts = next(iter(texts.values())) if texts else read_user_texts(data_folder, "titles")
     train = TrainPart.load(data_folder, any_texts.offsets)
     for name in ("ratings", "times"):
-        if name in by_name and not np.isfinite(getattr(train, name)).any():
+        if name in by_name and not np.nan_to_num(getattr(train, name)).any():  # a source without times has zeros
             raise ValueError(f"inputs holds {name}, but {data_folder} has none in its train part: leave it out.")
     return by_name, texts, train
 

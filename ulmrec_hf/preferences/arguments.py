@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from ..stages import check_types
+
 EVIDENCE = ("train", "all")
 
 
@@ -33,6 +35,7 @@ class PreferenceArguments:
     )
 
     def __post_init__(self):
+        check_types(self)
         if self.num_phrases < 1:
             raise ValueError(f"num_phrases is {self.num_phrases}; it must be at least 1.")
         if self.train_positions < 0:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field, fields
 
+from ..stages import check_types
+
 SYSTEMS = ("popularity", "item_knn", "text", "lrurec", "narm", "bert4rec", "sasrec", "hybrid")
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -93,6 +95,7 @@ class RetrieverArguments:
     seed: int = field(default=42, metadata={"help": "Seed of initial weights, dropout and the order of batches."})
 
     def __post_init__(self):
+        check_types(self)
         if self.retriever not in SYSTEMS:
             raise ValueError(f"retriever must be one of {', '.join(SYSTEMS)}; got {self.retriever!r}.")
         if self.lr_scheduler_type not in SCHEDULES:
@@ -100,6 +103,8 @@ class RetrieverArguments:
         unknown = sorted(set(self.hybrid_components) - set(SYSTEMS[:-1]))
         if unknown:
             raise ValueError(f"hybrid_components holds {', '.join(unknown)}; it may hold {', '.join(SYSTEMS[:-1])}.")
+        if not self.hybrid_components or len(set(self.hybrid_components)) < len(self.hybrid_components):
+            raise ValueError(f"hybrid_components is {self.hybrid_components}; it must name some retrievers, each once.")
         if self.cross_fit == 1:
             raise ValueError("cross_fit must be 0 or at least 2: one fold would leave no users to fit on.")
         lowest = {"train_positions": 0, "patience": 0, "seed": 0, "cross_fit": 0}
@@ -109,6 +114,12 @@ class RetrieverArguments:
                 raise ValueError(f"{item.name} must be at least {lowest.get(item.name, 1)}; got {value}.")
             if item.type is float and not 0 <= value < float("inf"):
                 raise ValueError(f"{item.name} must be a finite number of at least 0; got {value}.")
+        for name in ("knn_recency", "text_recency"):
+            if getattr(self, name) > 1:
+                raise ValueError(f"{name} must be at most 1; got {getattr(self, name)}.")
+        trained = self.hybrid_components if self.retriever == "hybrid" else [self.retriever]
+        if {"bert4rec", "sasrec"} & set(trained) and self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size must be a multiple of num_heads; got {self.hidden_size}, {self.num_heads}.")
         for name in ("dropout", "mask_probability"):
             if getattr(self, name) >= 1:
                 raise ValueError(f"{name} must be below 1; got {getattr(self, name)}.")

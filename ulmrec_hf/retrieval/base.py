@@ -160,7 +160,7 @@ class Retriever:
 
         Returns:
             float32 [batch, num_items + 1], higher is better, on the retriever's device; column 0 (padding) is -inf.
-            Items of the history are scored like all others.
+            Items of the history are scored too, though a hybrid puts them below its pool.
         """
         raise NotImplementedError
 

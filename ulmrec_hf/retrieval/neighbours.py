@@ -18,7 +18,7 @@ class NeighbourConfig(RetrieverConfig):
     """What the config of every `NeighbourRetriever` holds.
 
     Attributes:
-        recency: weight of a history item for each step back from the newest, in (0, 1].
+        recency: weight of a history item for each step back from the newest, in [0, 1]; at 0 it counts alone.
     """
 
     recency: float = 0.6
@@ -68,6 +68,7 @@ class NeighbourRetriever(CountingRetriever):
         # logs are dear: they are taken where there is a neighbour; all others have almost 0, in order of popularity
         found.data += popularity[found.indices]
         best = np.maximum.reduceat(found.data, found.indptr[some]) if len(some) else np.ones(0, np.float32)
+        best = np.maximum(best, 1e-30)
         found.data = np.log1p(found.data / np.repeat(_FLOOR * best, lengths[some]))
         scores = found.toarray()
         scores += popularity
