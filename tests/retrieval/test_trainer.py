@@ -1,4 +1,5 @@
 import json
+from itertools import chain
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -11,7 +12,7 @@ from ulmrec_hf.retrieval.arguments import RetrieverArguments
 from ulmrec_hf.retrieval.base import Sequences, load_retriever
 from ulmrec_hf.retrieval.candidates import target_ranks
 from ulmrec_hf.retrieval.stage import fit_retriever, train_retriever
-from ulmrec_hf.retrieval.trainer import LengthGroupedBatches, TrainingRows, collate
+from ulmrec_hf.retrieval.trainer import EqualBatches, TrainingRows, collate
 
 FAST = {
     "hidden_size": 16,
@@ -186,15 +187,22 @@ def test_training_rows_label_every_item_but_the_first_once():
         assert row["input_ids"][1:].tolist() == row["labels"][:-1].tolist()
 
 
-def test_batches_hold_one_length_in_random_order():
+def test_batches_hold_one_length_and_as_many_labels_in_random_order():
     torch.manual_seed(0)
-    lengths = [1] * 40 + [9] * 40
-    order = list(LengthGroupedBatches(lengths, 10))
-    assert sorted(order) == list(range(80))
-    batches = [{lengths[i] for i in order[start : start + 10]} for start in range(0, 80, 10)]
-    pure = [batch for batch in batches if len(batch) == 1]
-    assert len(pure) >= 6  # the longest row is moved into the first batch, in exchange for one of another length
-    assert pure != sorted(pure, key=max) and pure != sorted(pure, key=max, reverse=True)
+    lengths = np.array([9] * 40 + [1] * 360)
+    sampler = EqualBatches(lengths, 40)
+    batches, again = list(sampler), list(sampler)
+    assert len(sampler) == len(batches) == len(again) == 10
+    assert sorted(chain(*batches)) == list(range(400)) and batches != again
+    assert [lengths[batch].sum() for batch in batches] == [72] * 10
+    assert all(len({*lengths[batch].tolist()}) == 1 for batch in batches)
+    order = [len(batch) for batch in batches]
+    assert order != sorted(order) and order != sorted(order, reverse=True)
+
+
+def test_a_row_that_is_longer_than_a_batch_stands_alone():
+    batches = list(EqualBatches([1, 1, 1, 50, 60], 1))
+    assert sorted(chain(*batches)) == list(range(5)) and [3] in batches and [4] in batches
 
 
 def test_collate_pads_to_the_longest():

@@ -83,7 +83,9 @@ class RetrieverArguments:
         },
     )
     weight_decay: float = field(default=0.01, metadata={"help": "Neural retrievers: weight decay of AdamW."})
-    batch_size: int = field(default=128, metadata={"help": "Neural retrievers: sequences per training step."})
+    batch_size: int = field(
+        default=128, metadata={"help": "Neural retrievers: sequences per training step, on average."}
+    )
     epochs: int = field(default=100, metadata={"help": "Neural retrievers: most epochs to train."})
     patience: int = field(
         default=5,

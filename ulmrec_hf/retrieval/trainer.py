@@ -2,14 +2,14 @@
 
 import tempfile
 from collections.abc import Iterator
+from collections.abc import Sequence as SequenceOf
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from transformers import EarlyStoppingCallback, EvalPrediction, Trainer, TrainingArguments
-from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from ..metrics import ranking_metrics
 from .arguments import RetrieverArguments
@@ -86,29 +86,34 @@ def rank_metrics(prediction: EvalPrediction) -> dict[str, float]:
     return {name: metrics[name] for name in ("ndcg@10", "recall@10", "recall@20")}
 
 
-class LengthGroupedBatches(torch.utils.data.Sampler[int]):
-    """Row indices such that every batch holds rows of about one length, the batches in random order.
+class EqualBatches(torch.utils.data.Sampler[list[int]]):
+    """Batches of rows of about one length, each with about the same number of labels, in random order.
 
-    The Trainer's own length grouping hands out the batches of a block from long to short, so that an epoch ends on
-    short rows; here their order is shuffled.
+    Rows of one length need no padding. As many rows in each batch would let a label among short rows count for more or,
+    weighed, let Adam's steps go by how long the rows are; as many labels in each make every label count the same.
+
+    Args:
+        lengths: labels of each row.
+        batch_size: rows of a batch, on average.
     """
 
-    def __init__(self, lengths: list[int], batch_size: int):
-        self.lengths, self.batch_size = lengths, batch_size
+    def __init__(self, lengths: SequenceOf[int], batch_size: int):
+        self.lengths = np.asarray(lengths)
+        labels = np.cumsum(np.sort(self.lengths))
+        # a row belongs to the batch that its last label falls into
+        self.ends = np.flatnonzero(np.diff((labels - 1) // (batch_size * self.lengths.mean()))) + 1
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.ends) + 1
 
-    def __iter__(self) -> Iterator[int]:
-        indices = get_length_grouped_indices(self.lengths, self.batch_size)
-        full = len(indices) // self.batch_size
-        for batch in torch.randperm(full).tolist():
-            yield from indices[batch * self.batch_size : (batch + 1) * self.batch_size]
-        yield from indices[full * self.batch_size :]
+    def __iter__(self) -> Iterator[list[int]]:
+        order = np.lexsort((torch.rand(len(self.lengths)).numpy(), self.lengths))
+        batches = np.split(order, self.ends)
+        return (batches[batch].tolist() for batch in torch.randperm(len(batches)).tolist())
 
 
 class RetrieverTrainer(Trainer):
-    """`Trainer` for a `NeuralRetriever`: length-grouped batches, ranks instead of logits at evaluation, no NaN loss.
+    """`Trainer` for a `NeuralRetriever`: batches of as many labels, ranks instead of logits at evaluation, no NaN loss.
 
     Args:
         model: the retriever.
@@ -129,15 +134,6 @@ class RetrieverTrainer(Trainer):
             )
         return loss
 
-    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
-        """The mean loss of a batch times its share of the labels: each label counts the same, whatever its batch.
-
-        A batch holds rows of about one length; as a plain mean, a label in a batch of short rows would count for more.
-        """
-        loss = super().compute_loss(model, inputs, *args, **kwargs)
-        rows = self.train_dataset.lengths
-        return loss * (inputs["labels"] > 0).sum() / (len(inputs["labels"]) * sum(rows) / len(rows))
-
     def prediction_step(
         self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any
     ) -> tuple[None, torch.Tensor, torch.Tensor]:
@@ -148,8 +144,10 @@ class RetrieverTrainer(Trainer):
             ranks = ranks_of(scores, inputs["target"], inputs["seen"])
         return None, ranks, inputs["target"]
 
-    def _get_train_sampler(self, train_dataset: TrainingRows | None = None) -> LengthGroupedBatches:
-        return LengthGroupedBatches((train_dataset or self.train_dataset).lengths, self.args.train_batch_size)
+    def get_train_dataloader(self) -> DataLoader:
+        """`EqualBatches` of the training rows."""
+        batches = EqualBatches(self.train_dataset.lengths, self.args.train_batch_size)
+        return DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=self.data_collator)
 
 
 def training_arguments(args: RetrieverArguments, folder: str) -> TrainingArguments:
