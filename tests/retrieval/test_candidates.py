@@ -5,7 +5,7 @@ import torch
 
 from tests.retrieval.world import item_ids, make_lists
 from ulmrec_hf.retrieval.base import Sequences
-from ulmrec_hf.retrieval.candidates import split_positions, target_ranks, write_candidates
+from ulmrec_hf.retrieval.candidates import retrieve_candidates, split_positions, target_ranks
 from ulmrec_hf.retrieval.item_knn import ItemKNNRetriever
 from ulmrec_hf.retrieval.lrurec import LRURecConfig, LRURecModel
 from ulmrec_hf.retrieval.popularity import PopularityRetriever
@@ -24,7 +24,7 @@ def lrurec(sequences):
 
 def test_rows_agree_with_a_plain_computation(lrurec, sequences, tmp_path, monkeypatch):
     monkeypatch.setattr("ulmrec_hf.retrieval.candidates._BLOCK", 50)
-    rows = rows_of(write_candidates(lrurec, sequences, tmp_path / "c.parquet", k=5, train_positions=2))
+    rows = rows_of(retrieve_candidates(lrurec, sequences, tmp_path / "c.parquet", k=5, train_positions=2))
     assert {row["split"] for row in rows} == {"train", "validation", "test"}
     for row in rows[::7]:
         items = sequences[row["user"]].tolist()
@@ -38,7 +38,7 @@ def test_rows_agree_with_a_plain_computation(lrurec, sequences, tmp_path, monkey
 
 
 def test_columns_and_order(lrurec, sequences, tmp_path):
-    table = pq.read_table(write_candidates(lrurec, sequences, tmp_path / "c.parquet", k=5))
+    table = pq.read_table(retrieve_candidates(lrurec, sequences, tmp_path / "c.parquet", k=5))
     types = {field.name: str(field.type) for field in table.schema}
     assert types == {
         "user": "int32",
@@ -73,7 +73,7 @@ def test_a_training_row_reads_only_its_past(lrurec, tmp_path):
     tables = []
     for name, variant in (("a", lists), ("b", planted)):
         sequences = Sequences.from_lists(variant, item_ids())
-        path = write_candidates(lrurec, sequences, tmp_path / name, k=5, train_positions=0)
+        path = retrieve_candidates(lrurec, sequences, tmp_path / name, k=5, train_positions=0)
         # every row before the planted items, which are the last train item and both targets
         tables.append(
             [row for row in rows_of(path) if row["split"] == "train" and row["position"] < len(lists[row["user"]]) - 3]
@@ -85,7 +85,7 @@ def test_a_training_row_reads_only_its_past(lrurec, tmp_path):
 def test_small_catalogue_gives_shorter_lists_and_a_seen_target_is_unreachable(tmp_path):
     sequences = Sequences.from_lists([[1, 2, 3, 4], [1, 2, 2, 1]], item_ids(5))
     retriever = PopularityRetriever.fit(sequences.train_part())
-    rows = rows_of(write_candidates(retriever, sequences, tmp_path / "c.parquet", k=20))
+    rows = rows_of(retrieve_candidates(retriever, sequences, tmp_path / "c.parquet", k=20))
     test = [row for row in rows if row["split"] == "test"]
     assert [row["items"] for row in test] == [[4, 5], [3, 4, 5]]  # ties: the lower item id first
     assert [row["target_rank"] for row in test] == [1, 0]
@@ -93,7 +93,7 @@ def test_small_catalogue_gives_shorter_lists_and_a_seen_target_is_unreachable(tm
 
 def test_a_user_with_one_item(tmp_path):
     sequences = Sequences.from_lists([[2], [1, 2, 3, 1]], item_ids(3))
-    rows = rows_of(write_candidates(ItemKNNRetriever.fit(sequences.train_part()), sequences, tmp_path / "c", k=2))
+    rows = rows_of(retrieve_candidates(ItemKNNRetriever.fit(sequences.train_part()), sequences, tmp_path / "c", k=2))
     alone = [row for row in rows if row["user"] == 0]
     assert [(row["split"], row["position"], row["items"]) for row in alone] == [("test", 0, [1, 2])]
 
@@ -101,16 +101,16 @@ def test_a_user_with_one_item(tmp_path):
 def test_nobody_has_rows(tmp_path):
     sequences = Sequences.from_lists([[], []], item_ids(3))
     retriever = PopularityRetriever.fit(sequences)
-    assert rows_of(write_candidates(retriever, sequences, tmp_path / "c")) == []
+    assert rows_of(retrieve_candidates(retriever, sequences, tmp_path / "c")) == []
     assert [len(part) for part in target_ranks(retriever, sequences, "test")] == [0, 0]
 
 
 def test_refusals(lrurec, sequences, tmp_path):
     other = Sequences.from_lists([[1, 2, 3]], item_ids(7))
     with pytest.raises(ValueError, match="another catalogue"):
-        write_candidates(lrurec, other, tmp_path / "c")
+        retrieve_candidates(lrurec, other, tmp_path / "c")
     with pytest.raises(ValueError, match="k must be at least 1; got 0"):
-        write_candidates(lrurec, sequences, tmp_path / "c", k=0)
+        retrieve_candidates(lrurec, sequences, tmp_path / "c", k=0)
     assert not list(tmp_path.iterdir())
 
 

@@ -118,7 +118,7 @@ def _retrieve_batch(
         block["items"][batch], block["scores"][batch] = items.cpu().numpy(), values.cpu().numpy()
 
 
-def write_candidates(
+def retrieve_candidates(
     retriever: Retriever,
     sequences: Sequences,
     path: str | os.PathLike,

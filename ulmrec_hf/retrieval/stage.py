@@ -14,7 +14,7 @@ from ..files import write_json, write_table
 from ..stages import run_stage, stage_fingerprint
 from .arguments import RetrieverArguments
 from .base import Retriever, Sequences, retriever_class
-from .candidates import target_ranks, write_candidates
+from .candidates import retrieve_candidates, target_ranks
 from .item_knn import ItemKNNRetriever
 from .popularity import PopularityRetriever
 from .text import TextRetriever, title_embeddings
@@ -32,7 +32,7 @@ def train_retriever(
     """Runs the stage `output_dir/retriever` and returns its folder.
 
     The folder holds the chosen retriever (config.json, model.safetensors), `candidates.parquet` (see
-    `write_candidates`), `ranks.parquet` (user, split, system, rank; 0 = unreachable) of popularity, item_knn, the
+    `retrieve_candidates`), `ranks.parquet` (user, split, system, rank; 0 = unreachable) of popularity, item_knn, the
     chosen one and what it combines on validation and test, and `training.json` with loss and validation metrics for
     each epoch. Whatever is fitted sees the train parts alone; validation targets choose the epoch and a hybrid's
     weights, and test targets are only ranked. With `refit`, item statistics behind the test rows, and in the retriever
@@ -64,7 +64,7 @@ def train_retriever(
 
         test_retriever.save_pretrained(folder)
         write_json(folder / "training.json", {"retriever": retriever.name, "history": history})
-        candidates = write_candidates(
+        candidates = retrieve_candidates(
             retriever,
             sequences,
             folder / "candidates.parquet",
