@@ -148,14 +148,15 @@ class InputEncoder:
 
         Args:
             values: by input, one value for each interaction: `reviews` and `titles` (text), `cooccurrence` (raw item
-                ids; an unknown one counts as none), `ratings`, `times` (seconds since 1970; NaN counts as none). Inputs
-                that are not given are zeros.
+                ids; an unknown one counts as none), `ratings`, `times` (seconds since 1970); None and NaN where one is
+                missing. Inputs that are not given are zeros.
 
         Returns:
             float32 [interactions, dim].
 
         Raises:
-            ValueError: an input that the index was not made from, or inputs of different lengths.
+            ValueError: an input that the index was not made from, inputs of different lengths, or values that are no
+                numbers or no strings.
         """
         unknown = sorted(set(values) - set(self.weights))
         if unknown:
