@@ -19,7 +19,7 @@ def test_titles_where_there_are_no_reviews(tmp_path):
     users = read_user_texts(write_data_stage(tmp_path, 8, reviews=False))
     assert users.kind == "titles"
     assert all(users.texts[text].endswith("elegant lamp") for text in users.of_user(2))
-    with pytest.raises(ValueError, match="set text to titles"):
+    with pytest.raises(ValueError, match="has no review text in its train part: ask for titles"):
         read_user_texts(tmp_path, "reviews")
 
 
