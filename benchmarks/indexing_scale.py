@@ -2,7 +2,7 @@
 
     python benchmarks/indexing_scale.py                                           # 10,000 to 1 million users
     python benchmarks/indexing_scale.py --parts assign --users 1000000 10000000
-    python benchmarks/indexing_scale.py --parts assign --users 10000000 --topics 20000      # as crowded as 1 million
+    python benchmarks/indexing_scale.py --parts assign --users 10000000 --topics 20000      # ten times the tastes
     python benchmarks/indexing_scale.py --parts assign --users 100000 --equal 50000       # so many users are the same
     python benchmarks/indexing_scale.py --parts train --data_folder output/beauty/data
 
