@@ -145,8 +145,8 @@ def _save_encoder(args: IndexArguments, texts: Mapping[str, UserTexts], shards: 
         except ValueError as error:
             logger.warning("The embeddings so far are dropped. %s", error)
             shutil.rmtree(shards)
-    with atomic_folder(shards / "encoder") as partial:
-        fit_encoder(args, texts).save(partial)
+    with atomic_folder(shards / "encoder") as saved:
+        fit_encoder(args, texts).save(saved)
 
 
 def _build(args: IndexArguments, data_folder: str | os.PathLike, folder: Path, state: "PartialState") -> None:
