@@ -96,7 +96,16 @@ def test_unusable_ratings_are_null(tmp_path, rating):
 
 
 @pytest.mark.parametrize(
-    ("time", "seconds"), [("1393545600", 1393545600), (1393545600.9, 1393545600), (10**40, None), ("now", None)]
+    ("time", "seconds"),
+    [
+        ("1393545600", 1393545600),
+        (1393545600.9, 1393545600),
+        ("2014-02-28", 1393545600),
+        ("2014-02-28 01:00:00+01:00", 1393545600),
+        ("2014-02-28T00:00:00.123Z", 1393545600),
+        (10**40, None),
+        ("now", None),
+    ],
 )
 def test_times(tmp_path, time, seconds):
     path = write_lines(tmp_path / "r", [{**ROW_2014, "unixReviewTime": time}])

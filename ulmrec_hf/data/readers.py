@@ -5,6 +5,7 @@ else their source holds, as strings. Nothing is left out or re-ordered here.
 """
 
 import ast
+import contextlib
 import csv
 import datetime
 import gzip
@@ -71,8 +72,9 @@ Columns = dict[str, Sequence[Any] | pa.Array]
 def read_interactions(args: DataArguments) -> Iterator[pa.RecordBatch]:
     """Streams the interactions of a source that is not synthetic, with the schema `INTERACTIONS`, in source order.
 
-    A timestamp is in seconds (0 where `sequences` has none); a value that is missing or cannot be used is null. Ratings
-    of the amazon format are 1 to 5, others any finite number.
+    A timestamp is in seconds since 1970 (0 where `sequences` has none); milliseconds and ISO 8601 dates are taken for
+    what they are, dates without a zone as UTC. A value that is missing or cannot be used is null. Ratings of the amazon
+    format are 1 to 5, others any finite number.
 
     Raises:
         ValueError: the source is missing, damaged or not what `data_format` says; the message names file and line.
@@ -393,9 +395,11 @@ def _seconds(values: Sequence[Any] | pa.Array, milliseconds: bool) -> pa.Array:
 
 
 def _time(value: Any) -> int | None:
-    if isinstance(value, datetime.datetime):
-        value = value.replace(tzinfo=value.tzinfo or datetime.UTC).timestamp()
     number = _number(value)
+    if number is None and isinstance(value, str | datetime.date):
+        with contextlib.suppress(ValueError):
+            time = datetime.datetime.fromisoformat(str(value).strip())
+            number = time.replace(tzinfo=time.tzinfo or datetime.UTC).timestamp()
     return int(number) if number is not None and abs(number) < 2**62 else None
 
 
