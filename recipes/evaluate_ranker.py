@@ -4,6 +4,7 @@ accelerate launch recipes/evaluate_ranker.py --model output/quickstart/model --t
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from trl import TrlParser
 
@@ -32,6 +33,8 @@ def main(argv: list[str] | None = None) -> None:
     """Writes report files to --output_dir and prints the metrics."""
     args, training = make_parser().parse_args_and_config(args=argv)
     check_processes(training)
+    if not any(Path(args.tasks, "next_item").glob(f"{args.split}-*.parquet")):
+        raise ValueError(f"tasks: {args.tasks} has no next_item/{args.split}-*.parquet; name the data/tasks of a run.")
     training.eval_strategy, training.load_best_model_at_end = "no", False  # nothing is tuned
 
     from datasets import load_dataset

@@ -205,8 +205,10 @@ def test_bad_requests_are_named(ranker, tmp_path):
         ranker.rank("u1", history=[], candidates=["B1"] * 5)
     with pytest.raises(ValueError, match="0 candidates"):
         ranker.rank("u1", history=[], candidates=[])
-    with pytest.raises(ValueError, match="history must be a list of item ids or titles, got the string 'B1'"):
+    with pytest.raises(ValueError, match="history must be a list of item ids or titles, all strings; got 'B1'"):
         ranker.rank("u1", history="B1", candidates=["B2"])
+    with pytest.raises(ValueError, match="candidates must be a list of item ids or titles, all strings; got None"):
+        ranker.rank("u1", history=[], candidates=["B2", None])
     with pytest.raises(ValueError, match="orders is 0"):
         ranker.rank("u1", history=[], candidates=["B1"], orders=0)
     with pytest.raises(ValueError, match=r"ranker\.json is missing"):

@@ -178,8 +178,9 @@ class UserRanker:
         """The prompt of the next-item task, the same as in tuning; see `rank` for the arguments and errors."""
         self._check_candidates(len(candidates))
         for name, value in (("history", history), ("candidates", candidates)):
-            if isinstance(value, str):
-                raise ValueError(f"{name} must be a list of item ids or titles, got the string {value!r}.")
+            wrong = [value] if isinstance(value, str) else [item for item in value if not isinstance(item, str)]
+            if wrong:
+                raise ValueError(f"{name} must be a list of item ids or titles, all strings; got {wrong[0]!r}.")
         newest = history[max(0, len(history) - self.settings.max_history) :]
         titles = clean_titles(
             [self.titles.get(item, item) for item in (*newest, *candidates)],

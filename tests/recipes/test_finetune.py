@@ -146,6 +146,8 @@ def test_two_processes_measure_what_one_measures(run_folder, tmp_path):
     assert one == two
     done = launch([script, *argv[:-4], "--output_dir", str(tmp_path / "lost")], launcher=launcher)
     assert done.returncode != 0 and "--use_cpu" in done.stderr
+    done = launch([script, *argv[:2], "--tasks", str(tmp_path / "lost"), "--use_cpu", "true"])
+    assert done.returncode != 0 and "lost has no next_item/test-*.parquet; name the data/tasks" in done.stderr
 
 
 def test_two_processes_run_the_whole_job(run_folder, small_settings, tmp_path):
