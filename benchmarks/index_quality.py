@@ -47,13 +47,12 @@ from ulmrec_hf.texts import UserTexts, read_user_texts
 from ulmrec_hf.user_index import UserIndex, pack_codes, perplexity
 
 INPUTS = ("titles", "cooccurrence", "titles+cooccurrence", "reviews", "reviews+titles")
-OF_A_RUN = ("inputs", "input_weights", "preset", "attention", "seed")
+OF_A_RUN = ("inputs", "input_weights", "preset", "attention", "seed", "refit_codebooks")
 SETTINGS = {each.name: each.default for each in fields(IndexArguments) if each.name not in OF_A_RUN}
 NEIGHBOURS = (10, 50)
 PREFIXES = (1, 2)
 CHECKED = 20  # new users that are also indexed one by one
 KMEANS_ITERATIONS = 20
-OF_PRESET = {"default": {}, "paper": {"code_dim": 32, "refit_codebooks": False}}  # as configs/indexing/paper.yaml
 _frozen: dict[str, dict[str, np.ndarray]] = {}  # what encoders that learn nothing made of texts
 
 
@@ -150,8 +149,12 @@ class Judge:
         )
         result["new_lift"] = result["new_shared"] / np.maximum(result["new_pairs"], 1) / base_new
         result["old_lift"] = result["old_shared"] / np.maximum(result["old_pairs"], 1) / base_old
-        result["ratio"] = result["new_lift"] / result["old_lift"]
-        return {name: values.tolist() for name, values in result.items()}
+        with np.errstate(divide="ignore", invalid="ignore"):
+            result["ratio"] = result["new_lift"] / result["old_lift"]
+        return {
+            name: [value if np.isfinite(value) else None for value in values.tolist()]
+            for name, values in result.items()
+        }
 
 
 def describe(codes: np.ndarray, nearest: np.ndarray, size: int) -> dict[str, Any]:
@@ -281,7 +284,8 @@ def all_runs(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             )
             new_dataset = inputs_of_new_users(first, old_fitted, *new_part)
         for preset, attention in itertools.product(args.presets, args.attention):
-            one = replace(first, preset=preset, attention=attention == "on", **OF_PRESET[preset])
+            # not replace(first, ...), which would keep what the first preset sets
+            one = IndexArguments(**parse_mix(mix), seed=seed, preset=preset, attention=attention == "on", **settings)
             result = learned(one, fitted, dataset, judge)
             if args.new_users:
                 result |= index_of_new_users(one, old_fitted, old_dataset, new_dataset, *new_part, new, judge)
@@ -335,8 +339,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--new_users", type=float, default=0.0, help="the share of the users that are indexed later")
     for name, default in SETTINGS.items():
-        kind = (lambda text: text == "true") if isinstance(default, bool) else type(default)
-        parser.add_argument(f"--{name}", type=kind, default=default, help=f"of the index, {default} by default")
+        kind = int if default is None else type(default)
+        parser.add_argument(f"--{name}", type=kind, default=default, help="of the index; see recipes/index_users.py")
     parser.add_argument("--output", help="JSON file for the figures of every run, written after each")
     args = parser.parse_args()
     if not 0 <= args.new_users < 1:

@@ -6,15 +6,13 @@ Each stage writes its folder under --output_dir: data/, retriever/, preferences/
 command goes on where it was stopped; what is up to date is not run again.
 """
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import yaml
 from trl import ModelConfig, TrlParser
 
-from ulmrec_hf.cli import run_script
+from ulmrec_hf.cli import run_alone, run_script
 from ulmrec_hf.data.arguments import DataArguments
 from ulmrec_hf.data.tasks import TaskArguments
 from ulmrec_hf.indexing.arguments import IndexArguments
@@ -22,19 +20,6 @@ from ulmrec_hf.pipeline import PipelineArguments, Settings, prepare_stages, tune
 from ulmrec_hf.preferences.arguments import PreferenceArguments
 from ulmrec_hf.retrieval.arguments import RetrieverArguments
 from ulmrec_hf.trainer import ULMRecTrainingArguments, check_processes
-
-# What a launcher hands to its processes; the earlier stages' small models run plainly, without it.
-LAUNCHER = ("ACCELERATE_", "FSDP_", "DEEPSPEED_", "TORCHELASTIC_", "OMP_NUM_THREADS")
-LAUNCHER_NAMES = {
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_RANK",
-    "LOCAL_WORLD_SIZE",
-    "NODE_RANK",
-    "GROUP_RANK",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-}
 
 
 def make_parser() -> TrlParser:
@@ -89,16 +74,7 @@ def main(argv: list[str] | None = None) -> None:
         prepare_stages(settings)
         return
     if settings.training.process_index == 0:
-        plain = {
-            name: value
-            for name, value in os.environ.items()
-            if not name.startswith(LAUNCHER) and name not in LAUNCHER_NAMES
-        }
-        # with several accelerators in sight Trainer would split every small batch among them
-        plain["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-        done = subprocess.run([sys.executable, __file__, *argv, "--prepare_only", "true"], env=plain)
-        if done.returncode:
-            raise SystemExit(done.returncode)  # the stage has said why
+        run_alone(__file__, [*argv, "--prepare_only", "true"])
     tune(settings)
     if settings.training.process_index == 0:
         print(write_report(settings))

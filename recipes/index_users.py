@@ -1,14 +1,20 @@
-"""Indexes users: `python recipes/index_users.py --output_dir DIR` writes DIR/index."""
+"""Indexes users: `python recipes/index_users.py --output_dir DIR` writes DIR/index.
 
+Under `accelerate launch` all processes encode the texts, then one of them does the rest.
+"""
+
+import os
+import sys
 from collections.abc import Sequence
+from datetime import timedelta
 
 from trl import TrlParser
 
-from ulmrec_hf.cli import run_script
+from ulmrec_hf.cli import run_alone, run_script
 from ulmrec_hf.data.arguments import DataArguments, StageArguments
 from ulmrec_hf.data.prepare import prepare_data
 from ulmrec_hf.indexing.arguments import IndexArguments
-from ulmrec_hf.indexing.build import index_users
+from ulmrec_hf.indexing.build import encode_inputs, index_users
 
 
 def make_parser() -> TrlParser:
@@ -16,10 +22,25 @@ def make_parser() -> TrlParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
     index, data, stage = make_parser().parse_args_and_config(argv)
-    data_folder = prepare_data(data, stage.output_dir, overwrite=stage.overwrite)
-    folder = index_users(index, data_folder, stage.output_dir, overwrite=stage.overwrite)
-    print(f"User index: {folder / 'user_index.parquet'}")
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        data_folder = prepare_data(data, stage.output_dir, overwrite=stage.overwrite)
+        folder = index_users(index, data_folder, stage.output_dir, overwrite=stage.overwrite)
+        print(f"User index: {folder / 'user_index.parquet'}")
+        return
+    import torch
+    from accelerate import PartialState
+
+    # All wait while one of them prepares the data.
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=1))
+    with state.main_process_first():
+        data_folder = prepare_data(data, stage.output_dir, overwrite=stage.overwrite)
+    encode_inputs(index, data_folder, stage.output_dir, state, overwrite=stage.overwrite)
+    is_main = state.is_main_process
+    state.destroy_process_group()
+    if is_main:
+        run_alone(__file__, argv)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args
 
 from .files import hash_value, publish_folder, write_json
 
@@ -24,11 +25,11 @@ def stage_fingerprint(folder: str | os.PathLike) -> str:
     record = Path(folder) / RECORD
     if not record.is_file():
         raise ValueError(f"{folder} is not a finished stage: {RECORD} is missing there. Run the earlier stage first.")
-    return json.loads(record.read_text(encoding="utf-8"))["fingerprint"]
+    return _read_record(record)["fingerprint"]
 
 
 def check_types(settings: Any) -> None:
-    """Refuses what YAML may put into a dataclass's field of type int, float, bool or str.
+    """Refuses what YAML may put into a dataclass's field of type int, float, bool or str, or one of these or None.
 
     Raises:
         ValueError: a value of another type; the message names the setting.
@@ -38,8 +39,10 @@ def check_types(settings: Any) -> None:
         value = getattr(settings, each.name)
         if value is None and each.default is None:  # a parser may have taken `str | None` for str
             continue
-        if each.type in words and type(value) not in ((int, float) if each.type is float else (each.type,)):
-            raise ValueError(f"{each.name} is {value!r}; it must be {words[each.type]}.")
+        kinds = get_args(each.type) if isinstance(each.type, UnionType) else [each.type]
+        kind = next((kind for kind in kinds if kind in words), None)
+        if kind and type(value) not in ((int, float) if kind is float else (kind,)):
+            raise ValueError(f"{each.name} is {value!r}; it must be {words[kind]}.")
 
 
 def stage_is_current(
@@ -53,8 +56,7 @@ def stage_is_current(
     record = Path(folder) / RECORD
     if not record.is_file():
         return False
-    old = json.loads(record.read_text(encoding="utf-8"))
-    new = _record(settings, inputs)
+    old, new = _read_record(record), _record(settings, inputs)
     if old["fingerprint"] == new["fingerprint"]:
         return True
     if overwrite:
@@ -102,15 +104,10 @@ def run_stage(
         logger.info("%s is up to date", folder)
         return folder
     wait()  # nobody may begin to write before all have looked
-    record = _record(settings, inputs)
-    partial = folder.with_name(folder.name + ".partial")
     if is_main:
-        begun = partial / RECORD
-        if not (resume and begun.is_file() and json.loads(begun.read_text(encoding="utf-8")) == record):
-            shutil.rmtree(partial, ignore_errors=True)  # what lies there belongs to other settings
-            partial.mkdir(parents=True)
-            write_json(begun, record)
+        begin_stage(folder, settings, inputs, resume=resume)
     wait()
+    partial = partial_folder(folder)
     try:
         build(partial)
     except BaseException:
@@ -122,6 +119,39 @@ def run_stage(
         publish_folder(partial, folder)
     wait()
     return folder
+
+
+def begin_stage(
+    folder: str | os.PathLike, settings: Mapping[str, Any], inputs: Mapping[str, str], *, resume: bool = False
+) -> Path:
+    """Makes the folder that `run_stage` fills, and returns it; see there for the arguments."""
+    partial = partial_folder(Path(folder))
+    record = _record(settings, inputs)
+    try:
+        begun = _read_record(partial / RECORD) if (partial / RECORD).is_file() else None
+    except ValueError as error:
+        logger.warning("%s is begun anew: %s", partial, error)
+        begun = None
+    if not resume or begun != record:
+        shutil.rmtree(partial, ignore_errors=True)  # what lies there belongs to other settings
+        partial.mkdir(parents=True)
+        write_json(partial / RECORD, record)
+    return partial
+
+
+def partial_folder(folder: Path) -> Path:
+    """Where a stage is made before it stands in `folder`."""
+    return folder.with_name(folder.name + ".partial")
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if {"fingerprint", "settings", "inputs"} <= set(record):
+            return record
+    except (ValueError, TypeError):
+        pass
+    raise ValueError(f"{path} is damaged: remove the folder {path.parent} and run again.")
 
 
 def _record(settings: Mapping[str, Any], inputs: Mapping[str, str]) -> dict[str, Any]:

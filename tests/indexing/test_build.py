@@ -1,14 +1,17 @@
 import json
+import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from tests.data_stage import TASTES, write_data_stage
+from tests.indexing.test_encoder import make_bert
 from ulmrec_hf.indexing import encoder as encoders
 from ulmrec_hf.indexing.arguments import IndexArguments
-from ulmrec_hf.indexing.build import index_users
+from ulmrec_hf.indexing.build import _save_encoder, index_users
 from ulmrec_hf.indexing.indexer import UserIndexer
+from ulmrec_hf.texts import read_user_texts
 from ulmrec_hf.user_index import UserIndex
 
 SMALL = {"codebook_size": 8, "levels": 3, "code_dim": 6, "embedding_dim": 16, "steps": 20, "autoencoder_steps": 10}
@@ -56,10 +59,33 @@ def test_saved_indexer_indexes_new_users_near_their_like(stage):
         indexer.index(["again"], used=whole, user_id="new0")
     with pytest.raises(ValueError, match="reviews is one string; give a list"):
         indexer.index("again", used=whole, user_id="other")
-    with pytest.raises(ValueError, match="User ids must be strings; row 0 has 5"):
+    with pytest.raises(ValueError, match="user_id must be a string, '5' say; got 5"):
         indexer.index(["again"], used=whole, user_id=5)
     with pytest.raises(ValueError, match="titles: this index was made from reviews"):
         indexer.index(["again"], used=whole, user_id="other", titles=["tent"])
+
+
+def test_a_new_user_as_people_have_them(stage, caplog):
+    indexer = UserIndexer.from_pretrained(stage / "indexer")
+    index = UserIndex.from_parquet(stage / "user_index.parquet")
+    expected = indexer.index(["a rugged tent", "so rugged"], used=index, user_id="new").codes.tolist()
+    assert indexer.index(iter(["a rugged tent", "so rugged"]), used=index, user_id="new").codes.tolist() == expected
+    indexer.index(["a rugged \ud83d tent"], used=index, user_id="half")
+    assert not caplog.records
+    for nothing in ([], [""], ["zzz"], None):
+        indexer.index(nothing, used=index, user_id="stranger")
+        assert "User 'stranger' has nothing to be indexed by" in caplog.text
+        caplog.clear()
+
+
+def test_the_inputs_of_another_encoder_are_refused(stage, tmp_path):
+    shutil.copytree(stage / "indexer", tmp_path / "indexer")
+    config = tmp_path / "indexer" / "config.json"
+    config.write_text(config.read_text().replace('"encoder_name": "tfidf"', '"encoder_name": "bert"'))
+    with pytest.raises(
+        ValueError, match=r"for the encoder 'bert' and vectors of length \d+; .* of the encoder 'tfidf'"
+    ):
+        UserIndexer.from_pretrained(tmp_path / "indexer")
 
 
 def test_any_mix_of_inputs(tmp_path):
@@ -135,6 +161,59 @@ def test_embeddings_of_an_encoder_that_has_changed_are_made_again(tmp_path, capl
     assert "The embeddings so far are dropped. The encoder 'tfidf' has other weights" in caplog.text
 
 
+def test_a_model_out_of_reach_costs_no_embeddings(tmp_path, monkeypatch):
+    write_data_stage(tmp_path / "data", 20)
+    bert = make_bert(tmp_path / "bert")
+    args = IndexArguments(encoder=bert, **SMALL)
+    with monkeypatch.context() as patch:
+        patch.setattr("ulmrec_hf.indexing.indexer.train_indexer", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            index_users(args, tmp_path / "data", tmp_path)
+    shards = sorted((tmp_path / "index.partial").rglob("embeddings-*"))
+    (tmp_path / "bert").rename(tmp_path / "away")
+    with pytest.raises(ValueError, match="bert"):
+        _save_encoder(args, {"reviews": read_user_texts(tmp_path / "data")}, tmp_path / "index.partial" / "embeddings")
+    assert shards and sorted((tmp_path / "index.partial").rglob("embeddings-*")) == shards
+    (tmp_path / "away").rename(tmp_path / "bert")
+    monkeypatch.setattr(encoders.PretrainedEncoder, "encode", lambda *_: 1 / 0)
+    index_users(args, tmp_path / "data", tmp_path)
+    (tmp_path / "bert" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"index was made with other settings: encoder was .*--overwrite"):
+        index_users(args, tmp_path / "data", tmp_path)
+
+
+def test_damaged_files_of_a_killed_run_are_made_again(tmp_path, monkeypatch, caplog):
+    write_data_stage(tmp_path / "data", 20)
+    whole = index_users(IndexArguments(**SMALL), tmp_path / "data", tmp_path)
+    expected = (whole / "user_index.parquet").read_bytes()
+    shutil.rmtree(whole)
+    partial = tmp_path / "index.partial"
+    for name in ("embeddings/encoder/tfidf.safetensors", "embeddings/reviews/embeddings.json", "stage.json"):
+        with monkeypatch.context() as patch:
+            patch.setattr("ulmrec_hf.indexing.indexer.train_indexer", lambda *_, **__: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                index_users(IndexArguments(**SMALL), tmp_path / "data", tmp_path)
+        (partial / name).write_bytes(b"")
+    index_users(IndexArguments(**SMALL), tmp_path / "data", tmp_path)
+    assert (whole / "user_index.parquet").read_bytes() == expected
+    assert "The embeddings so far are dropped" in caplog.text and "is begun anew" in caplog.text
+    (whole / "stage.json").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"index.stage\.json is damaged: remove the folder .*index and run again"):
+        index_users(IndexArguments(**SMALL), tmp_path / "data", tmp_path)
+
+
+def test_a_training_that_diverges_is_told(tmp_path):
+    write_data_stage(tmp_path / "data", 20)
+    with pytest.raises(ValueError, match=r"learning_rate is 1e\+30, with which the training diverged"):
+        index_users(IndexArguments(**SMALL, learning_rate=1e30), tmp_path / "data", tmp_path)
+
+
+def test_presets_bring_their_settings():
+    default, paper = IndexArguments(), IndexArguments(preset="paper", code_dim=16)
+    assert not default.attention and default.steps == 0 and default.refit_codebooks
+    assert paper.attention and paper.steps > 0 and not paper.refit_codebooks and paper.code_dim == 16
+
+
 @pytest.mark.parametrize("reviews", [True, False])
 def test_held_out_interactions_change_no_byte(reviews, tmp_path):
     folders = []
@@ -197,12 +276,14 @@ def test_not_run_again_and_other_settings_refused(stage):
         ({"inputs": ["words"]}, "inputs is .'words'.; it must hold some of auto, reviews, titles, cooccurrence"),
         ({"inputs": ["auto", "titles"]}, "inputs holds auto, which stands for reviews or titles"),
         ({"input_weights": [1, 2]}, "input_weights has 2 numbers for 1 inputs"),
-        ({"input_weights": [0]}, "each must be above 0"),
+        ({"input_weights": [0]}, "each must be between 0.001 and 1000"),
         ({"pooling": "sum"}, "pooling is 'sum'; it must be one of auto, cls, mean, max"),
         ({"preset": "best"}, "preset is 'best'"),
         ({"codebook_size": 0}, "codebook_size is 0; it must be between 1 and 65536"),
         ({"levels": 27}, "levels is 27; it must be between 1 and 26"),
         ({"max_reviews": 0}, "max_reviews is 0; it must be above 0"),
+        ({"learning_rate": float("inf")}, "learning_rate is inf; it must be above 0, and finite"),
+        ({"code_dim": 2.5}, "code_dim is 2.5; it must be a whole number"),
         ({"steps": -1}, "steps is -1; it must be 0 or more"),
         ({"codebook_size": 16.5}, "codebook_size is 16.5; it must be a whole number"),
         ({"attention": "no"}, "attention is 'no'; it must be true or false"),

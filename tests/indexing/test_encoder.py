@@ -79,8 +79,12 @@ def test_tfidf_embeds_id_strings():
 
 
 def test_texts_without_words():
-    with pytest.raises(ValueError, match="hold no words"):
+    with pytest.raises(ValueError, match="encoder is tfidf, which finds no words in the"):
         TfidfEncoder().fit(["the", "and", "!"])
+
+
+def test_words_that_one_text_has_are_better_than_none():
+    assert TfidfEncoder(8).fit([f"word{number}" for number in range(100)]).encode(["word3"]).any()
 
 
 def test_any_bert(bert, tmp_path):

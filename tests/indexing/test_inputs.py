@@ -78,6 +78,7 @@ def test_values_as_people_have_them():
         titles.encode(titles=[5])
     ratings = InputEncoder({"ratings": 1.0, "times": 1.0}, ranges={"ratings": [1, 5], "times": [0.0, 1e9]})
     assert len(ratings.encode(ratings=[None, 4, None], times=[None, None, 5])) == 2
+    assert not len(ratings.encode(times=[10**400]))
     for value in ("5", np.datetime64("2020-01-01")):
         with pytest.raises(ValueError, match="times must be numbers, or None where one is missing"):
             ratings.encode(times=[value])

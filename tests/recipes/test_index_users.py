@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.small_run import launch
 from ulmrec_hf.user_index import UserIndex
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -23,6 +24,22 @@ def test_both_scripts_run_alone(tmp_path, capsys):
     load("index_users").main([*settings, *shared])
     assert str(tmp_path / "index" / "user_index.parquet") in capsys.readouterr().out
     assert len(UserIndex.from_parquet(tmp_path / "index" / "user_index.parquet")) == 60
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_bytes_of_one(tmp_path):
+    """From an empty folder: one prepares the data, both encode, one trains, without the other."""
+    settings = ["--codebook_size", "8", "--code_dim", "6", "--embedding_dim", "16", "--autoencoder_steps", "5"]
+    argv = [str(RECIPES / "index_users.py"), *settings, "--synthetic_users", "60", "--k_core", "0", "--output_dir"]
+    config = str(RECIPES / "accelerate" / "cpu_2.yaml")
+    for name, launcher in (("one", ()), ("two", ("-m", "accelerate.commands.launch", "--config_file", config))):
+        done = launch([*argv, str(tmp_path / name)], launcher=launcher)
+        assert done.returncode == 0, done.stderr[-4000:]
+        assert done.stdout.count("User index: ") == 1
+    files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file())
+    assert Path("index/user_index.parquet") in files
+    for path in files:
+        assert (tmp_path / "one" / path).read_bytes() == (tmp_path / "two" / path).read_bytes(), path
 
 
 @pytest.mark.parametrize("path", sorted((RECIPES / "configs" / "indexing").glob("*.yaml")), ids=lambda path: path.stem)

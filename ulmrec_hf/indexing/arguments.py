@@ -7,7 +7,15 @@ from ..user_index import KINDS, MAX_CODEBOOK_SIZE, MAX_LEVELS
 
 INPUTS = ("auto", "reviews", "titles", "cooccurrence", "ratings", "times")
 POOLINGS = ("auto", "cls", "mean", "max")
-PRESETS = ("default", "paper")
+# What a setting that is not given is. "default" is what measured best (benchmarks/index_quality.py).
+PRESETS = {
+    "default": {"attention": False, "code_dim": 64, "autoencoder_steps": 2000, "steps": 0, "refit_codebooks": True},
+    "paper": {"attention": True, "code_dim": 32, "autoencoder_steps": 1000, "steps": 300, "refit_codebooks": False},
+}
+
+
+def _of_preset(name: str) -> str:
+    return "by preset: " + ", ".join(f"{preset} {settings[name]}" for preset, settings in PRESETS.items()).lower()
 
 
 @dataclass
@@ -53,39 +61,56 @@ class IndexArguments:
     )
     codebook_size: int = field(default=256, metadata={"help": "Codes per level; 32 suits 1,000 users."})
     levels: int = field(default=4, metadata={"help": "Codes per user."})
-    code_dim: int = field(default=64, metadata={"help": "Length of a latent vector and its codes."})
+    code_dim: int | None = field(
+        default=None, metadata={"help": f"Length of a latent vector and its codes; {_of_preset('code_dim')}."}
+    )
     embedding_dim: int = field(
         default=384, metadata={"help": "Length of a text embedding of the encoder tfidf, at most."}
     )
     preset: str = field(
         default="default",
         metadata={
-            "help": "default: codebooks as running means with a k-means start and dead codes revived. paper: learned "
-            "codebooks and the loss of the paper's eqs. (4)-(6)."
+            "help": "paper: learned codebooks, attention, and the loss of the paper's eqs. (4)-(6). default: what "
+            "measures best, codebooks by k-means over the latent vectors of an autoencoder; batches with codes (steps) "
+            "keep them as running means and revive dead ones."
         },
     )
-    attention: bool = field(
-        default=False,
+    attention: bool | None = field(
+        default=None,
         metadata={
             "help": "Weigh a user's texts by attention with the user id (eq. 1), as the paper does; off: their mean, "
-            "which measures better."
+            f"which measures better; {_of_preset('attention')}."
         },
     )
     max_reviews: int = field(default=50, metadata={"help": "How many of a user's newest texts are used."})
-    autoencoder_steps: int = field(
-        default=1000, metadata={"help": "Batches that train the autoencoder before there are codes."}
+    autoencoder_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": f"Batches that train the autoencoder before there are codes; {_of_preset('autoencoder_steps')}."
+        },
     )
-    refit_codebooks: bool = field(
-        default=True, metadata={"help": "End with codebooks by k-means over the trained encoder's latent vectors."}
+    steps: int | None = field(
+        default=None, metadata={"help": f"Batches that then train it with codes; {_of_preset('steps')}."}
     )
-    steps: int = field(default=300, metadata={"help": "Batches that train it with codes."})
+    refit_codebooks: bool | None = field(
+        default=None,
+        metadata={
+            "help": "End with codebooks by k-means over the trained encoder's latent vectors; "
+            f"{_of_preset('refit_codebooks')}."
+        },
+    )
     batch_size: int = field(default=0, metadata={"help": "Users per batch; 0 = four for every code of a level."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of AdamW."})
-    seed: int = field(default=0, metadata={"help": "Seed of everything random in the indexing."})
+    seed: int = field(default=0, metadata={"help": "Seed of the training, and of the SVD of the encoder tfidf."})
 
     def __post_init__(self):
         check_types(self)
-        for name, choices in (("pooling", POOLINGS), ("preset", PRESETS), ("index_kind", KINDS)):
+        if self.preset not in PRESETS:
+            raise ValueError(f"preset is {self.preset!r}; it must be one of {', '.join(PRESETS)}.")
+        for name, value in PRESETS[self.preset].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        for name, choices in (("pooling", POOLINGS), ("index_kind", KINDS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}.")
         if not self.inputs or not set(self.inputs) <= set(INPUTS) or len(set(self.inputs)) < len(self.inputs):
@@ -98,14 +123,14 @@ class IndexArguments:
             raise ValueError(
                 f"input_weights has {len(self.input_weights)} numbers for {len(self.inputs)} inputs: give one for each."
             )
-        if any(not 0 < weight < float("inf") for weight in self.input_weights):
-            raise ValueError(f"input_weights is {self.input_weights}; each must be above 0.")
+        if any(not 1e-3 <= weight <= 1e3 for weight in self.input_weights):
+            raise ValueError(f"input_weights is {self.input_weights}; each must be between 0.001 and 1000.")
         for name, most in (("codebook_size", MAX_CODEBOOK_SIZE), ("levels", MAX_LEVELS)):
             if not 1 <= getattr(self, name) <= most:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be between 1 and {most}.")
         for name in ("code_dim", "embedding_dim", "cooccurrence_dim", "max_reviews", "learning_rate"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0.")
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0, and finite.")
         if self.seed >= 2**32:
             raise ValueError(f"seed is {self.seed}; it must be below 2^32.")
         for name in ("autoencoder_steps", "steps", "batch_size", "seed"):

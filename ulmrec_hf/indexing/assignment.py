@@ -5,7 +5,7 @@ from collections import Counter
 
 import numpy as np
 
-from ..user_index import check_indices, pack_codes
+from ..user_index import MAX_CODEBOOK_SIZE, check_indices, pack_codes
 
 _DISTANCES = 2**22  # computed at once, 16 MB
 _CACHED_NODES = 65_536
@@ -86,7 +86,11 @@ def assign_new(vectors: np.ndarray, codebooks: np.ndarray, used: np.ndarray) -> 
     """
     vectors, codebooks = _check(vectors, codebooks)
     levels, size, _ = codebooks.shape
-    check_capacity(len(used) + len(vectors), levels, size)
+    if len(used) + len(vectors) > size**levels:
+        raise ValueError(
+            f"{len(used)} of {size**levels} indices are in use, which leaves no room for {len(vectors)} more: train an "
+            "indexer with more codes or levels."
+        )
     tree = _Occupancy(used, levels, size, leaf_capacity=1)
     codes = nearest_codes(vectors, codebooks)
     for vector, row in zip(vectors, codes, strict=True):
@@ -190,13 +194,13 @@ def _settle(vectors: np.ndarray, codebooks: np.ndarray, codes: np.ndarray) -> No
     prefixes = prefixes[order]
     keys.sort()
     collide = np.unique(keys[1:][keys[1:] == keys[:-1]] // size)
+    if not len(collide):
+        return
     begins, ends = np.searchsorted(prefixes, collide), np.searchsorted(prefixes, collide, side="right")
     # the distances of many small groups at once: one by one they would cost more than the assignment
     blocks = np.cumsum(ends - begins) // max(1, _DISTANCES // size)
     for begin, end in itertools.pairwise([0, *(np.flatnonzero(np.diff(blocks)) + 1), len(blocks)]):
         groups = [order[first:last] for first, last in zip(begins[begin:end], ends[begin:end], strict=True)]
-        if not groups:
-            continue
         users = np.concatenate(groups)
         distances = _distances(_residuals(vectors[users], codebooks, codes[users, :-1]), codebooks[-1])
         first = 0
@@ -233,7 +237,7 @@ def check_capacity(users: int, levels: int, size: int) -> None:
         needed = size
         while needed**levels < users:
             needed += 1
+        larger = f"codebook_size must be at least {needed}" if needed <= MAX_CODEBOOK_SIZE else "raise levels"
         raise ValueError(
-            f"{users} users do not fit into {levels} levels of {size} codes ({size**levels} indices): "
-            f"codebook_size must be at least {needed}."
+            f"{users} users do not fit into {levels} levels of {size} codes ({size**levels} indices): {larger}."
         )

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ..files import atomic_folder
-from ..stages import run_stage, stage_fingerprint
+from ..files import atomic_folder, hash_file, hash_value
+from ..stages import begin_stage, partial_folder, run_stage, stage_fingerprint, stage_is_current
 from ..texts import UserTexts, read_user_texts
 from ..user_index import UserIndex
 from .arguments import IndexArguments
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .inputs import InputEncoder, Table, TrainPart
 
 logger = logging.getLogger(__name__)
+EMBEDDINGS = "embeddings"  # the shards' folder while the stage is made
 
 
 def index_users(
@@ -32,30 +33,63 @@ def index_users(
     *,
     overwrite: bool = False,
 ) -> Path:
-    """Makes the stage `output_dir/index` from a data stage; returns its folder.
+    """Makes the stage `output_dir/index` from a data stage, in one process; returns its folder.
 
     It holds user_index.parquet, indexer/ (the `UserIndexer` with all it needs to index new users) and what
     `write_quality_report` writes. Only the train part of each user is read, but for the lift of held-out items in the
-    report. Several processes of `accelerate` encode together; a killed run goes on with the embeddings it has.
+    report. A killed run goes on with the embeddings it has, or that `encode_inputs` made.
 
     Raises:
         ValueError: an unfinished data stage, an input that it does not have, embeddings that are not finite, a codebook
             too small for the users, or a stage of other settings stands there.
     """
-    import torch
-    from accelerate import PartialState
-
-    state = PartialState(cpu=not torch.accelerator.is_available())
     return run_stage(
-        Path(output_dir) / "index",
-        asdict(args),
-        {"data": stage_fingerprint(data_folder)},
-        lambda folder: _build(args, data_folder, folder, state),
+        *_stage(args, data_folder, output_dir),
+        lambda folder: _build(args, data_folder, folder),
         overwrite=overwrite,
         resume=True,
-        is_main=state.is_main_process,
-        wait=state.wait_for_everyone,
     )
+
+
+def encode_inputs(
+    args: IndexArguments,
+    data_folder: str | os.PathLike,
+    output_dir: str | os.PathLike,
+    state: "PartialState",
+    *,
+    overwrite: bool = False,
+) -> None:
+    """What several processes can do for `index_users`, which one of them calls next: the embeddings.
+
+    Args:
+        args, data_folder, output_dir, overwrite: as for `index_users`; all processes see the folders.
+        state: the processes, all of which call this.
+
+    Raises:
+        ValueError: as for `index_users`.
+    """
+    from .inputs import read_inputs
+
+    folder, settings, inputs = _stage(args, data_folder, output_dir)
+    current = stage_is_current(folder, settings, inputs, overwrite=overwrite)
+    state.wait_for_everyone()  # nobody may begin to write before all have looked
+    if current:
+        return
+    if state.is_main_process:
+        begin_stage(folder, settings, inputs, resume=True)
+    state.wait_for_everyone()
+    _encode(args, *read_inputs(args.inputs, args.input_weights, data_folder), partial_folder(folder), state)
+
+
+def _stage(
+    args: IndexArguments, data_folder: str | os.PathLike, output_dir: str | os.PathLike
+) -> tuple[Path, dict[str, Any], dict[str, str]]:
+    """Folder, settings and inputs of the stage."""
+    inputs = {"data": stage_fingerprint(data_folder)}
+    if os.path.isdir(args.encoder):
+        files = sorted(file for file in Path(args.encoder).rglob("*") if file.is_file())
+        inputs["encoder"] = hash_value([(file.name, hash_file(file)) for file in files])
+    return Path(output_dir) / "index", asdict(args), inputs
 
 
 def fit_encoder(args: IndexArguments, texts: Mapping[str, UserTexts]) -> "TextEncoder | None":
@@ -136,30 +170,40 @@ def fit_indexer(args: IndexArguments, fitted: "InputEncoder", dataset: "UserData
 
 def _save_encoder(args: IndexArguments, texts: Mapping[str, UserTexts], shards: Path) -> None:
     """Fits the encoder and saves it, but where a killed run has left it, and embeddings by it."""
+    from safetensors import SafetensorError
+
     from .encoder import load_encoder
 
+    why = None
     if (shards / "encoder").is_dir():
         try:
             load_encoder(shards / "encoder")
             return
-        except ValueError as error:
-            logger.warning("The embeddings so far are dropped. %s", error)
-            shutil.rmtree(shards)
+        except (ValueError, KeyError, OSError, SafetensorError) as error:
+            why = error
+    encoder = fit_encoder(args, texts)  # where its model is out of reach, this fails before anything is lost
+    if why is not None:
+        logger.warning("The embeddings so far are dropped. %s", why)
+        shutil.rmtree(shards)
     with atomic_folder(shards / "encoder") as saved:
-        fit_encoder(args, texts).save(saved)
+        encoder.save(saved)
 
 
-def _build(args: IndexArguments, data_folder: str | os.PathLike, folder: Path, state: "PartialState") -> None:
-    from .assignment import assign_unique, check_capacity, count_collisions, nearest_codes
+def _encode(
+    args: IndexArguments,
+    weights: Mapping[str, float],
+    texts: Mapping[str, UserTexts],
+    train: "TrainPart",
+    folder: Path,
+    state: "PartialState",
+) -> tuple["InputEncoder", "UserDataset"]:
+    """`encode_train_part` into shards in `folder`, by all processes; `check_capacity` before."""
+    from .assignment import check_capacity
     from .embeddings import write_embeddings
     from .encoder import load_encoder
-    from .indexer import latent_vectors, reconstruction_errors, user_vectors
-    from .inputs import read_inputs
-    from .quality import index_quality, write_quality_report
 
-    weights, texts, train = read_inputs(args.inputs, args.input_weights, data_folder)
     check_capacity(len(train.user_ids), args.levels, args.codebook_size)
-    shards = folder / "embeddings"
+    shards = folder / EMBEDDINGS
 
     def embed(encoder: "TextEncoder", name: str, strings: Sequence[str]) -> "Table":
         return write_embeddings(shards / name, strings, encoder, user_ids=name == "user_ids", state=state)
@@ -171,9 +215,23 @@ def _build(args: IndexArguments, data_folder: str | os.PathLike, folder: Path, s
         state.wait_for_everyone()
         # Read even where it was just written: a run that goes on, or another process, may not fit the same last bits.
         encoder = load_encoder(shards / "encoder")
-    fitted, dataset = encode_train_part(args, weights, texts, train, encoder, embed)
-    if not state.is_main_process:
-        return  # only encoding is shared
+    return encode_train_part(args, weights, texts, train, encoder, embed)
+
+
+def _build(args: IndexArguments, data_folder: str | os.PathLike, folder: Path) -> None:
+    import torch
+    from accelerate import PartialState
+
+    from .assignment import assign_unique, count_collisions, nearest_codes
+    from .indexer import latent_vectors, reconstruction_errors, user_vectors
+    from .inputs import read_inputs
+    from .quality import index_quality, write_quality_report
+
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    if state.num_processes > 1:
+        raise ValueError("index_users runs in one process; what several can do for it is encode_inputs.")
+    weights, texts, train = read_inputs(args.inputs, args.input_weights, data_folder)
+    fitted, dataset = _encode(args, weights, texts, train, folder, state)
     indexer = fit_indexer(args, fitted, dataset)
     latents, codebooks = latent_vectors(indexer, dataset).numpy(), indexer.codebooks.numpy()
     nearest = nearest_codes(latents, codebooks)
@@ -204,7 +262,7 @@ def _build(args: IndexArguments, data_folder: str | os.PathLike, folder: Path, s
         seed=args.seed,
     )
     write_quality_report(folder, quality, index, latents)
-    shutil.rmtree(shards, ignore_errors=True)
+    shutil.rmtree(folder / EMBEDDINGS, ignore_errors=True)
     logger.info(
         "User index of %d users: perplexity %s, held-out lift %s",
         len(index),

@@ -212,8 +212,12 @@ def _hash(vectors: np.ndarray) -> str:
 
 
 def _read_manifest(folder: Path) -> dict[str, Any] | None:
-    path = folder / MANIFEST
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    """None where there is none, or a damaged one: what the shards are, each says itself."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return manifest if isinstance(manifest, dict) and "encoder" in manifest else None
 
 
 def _check_manifest(folder: Path, record: dict[str, Any]) -> None:

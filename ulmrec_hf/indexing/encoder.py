@@ -13,13 +13,13 @@ import numpy as np
 
 from ..files import hash_value, write_json
 from ..texts import load_sentence_encoder
+from .arguments import POOLINGS
 
 if TYPE_CHECKING:
     import torch
     from sentence_transformers import SentenceTransformer
 
 logger = logging.getLogger(__name__)
-POOLINGS = ("auto", "cls", "mean", "max")
 _ID_FEATURES = 4096
 _CHARACTERS_PER_TOKEN = 32  # English has 4 to 5; no more of a text is tokenized than this, times what the model reads
 _TOKENS_WITHOUT_MAXIMUM = 512  # counted for a model that names no maximum
@@ -86,11 +86,19 @@ class TfidfEncoder(TextEncoder):
     def fit(self, texts: Sequence[str]) -> "TfidfEncoder":
         from sklearn.decomposition import TruncatedSVD
 
-        vectorizer = _tfidf(min_df=2 if len(texts) >= 100 else 1)
-        try:
-            weights = vectorizer.fit_transform(texts)
-        except ValueError as error:
-            raise ValueError(f"The {len(texts)} train texts hold no words to learn an encoder from.") from error
+        weights = None
+        for least in (2, 1) if len(texts) >= 100 else (1,):
+            vectorizer = _tfidf(min_df=least)
+            try:
+                weights = vectorizer.fit_transform(texts)
+                break
+            except ValueError:  # no word is in so many texts
+                continue
+        if weights is None:
+            raise ValueError(
+                f"encoder is tfidf, which finds no words in the {len(texts)} train texts: it splits them at spaces and "
+                "leaves English stop words out. Name a sentence encoder, or other inputs."
+            )
         components = np.eye(1)
         if weights.shape[1] > 1:  # the SVD refuses a single word
             components = TruncatedSVD(min(self.dim, *weights.shape), random_state=self.seed).fit(weights).components_

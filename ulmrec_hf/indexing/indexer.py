@@ -1,9 +1,10 @@
 """UserIndexer: attention over a user's texts (eq. 1) and the residual-quantised autoencoder (eqs. 2-6)."""
 
 import itertools
+import logging
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,13 @@ from torch.utils.data import Dataset
 from vector_quantize_pytorch import ResidualVQ
 
 from ..user_index import UserIndex
+from .arguments import PRESETS
 from .assignment import assign_new
 from .inputs import Input, InputEncoder, Table, unit
 
 _ENCODE_BATCH = 1024
 _KMEANS_USERS = 65_536
-PRESETS = ("default", "paper")
+logger = logging.getLogger(__name__)
 
 
 class UserIndexer(nn.Module, PyTorchModelHubMixin):
@@ -142,7 +144,7 @@ class UserIndexer(nn.Module, PyTorchModelHubMixin):
 
     @torch.no_grad()
     def index(
-        self, reviews: Sequence[str] = (), *, used: UserIndex, user_id: str = "", **others: Sequence
+        self, reviews: Iterable[str] = (), *, used: UserIndex, user_id: str = "", **others: Sequence
     ) -> UserIndex:
         """A free index near those of similar users, from the frozen codebooks; nothing else changes.
 
@@ -158,12 +160,14 @@ class UserIndexer(nn.Module, PyTorchModelHubMixin):
 
         Raises:
             ValueError: the user has an index already, all indices are in use, the indexer was loaded without its
-                inputs, or an input does not fit.
+                inputs, or an input does not fit. A user without anything is warned of.
         """
         if self.inputs is None:
             raise ValueError(
                 "this UserIndexer has no inputs to read texts with: load it from the folder index/indexer."
             )
+        if not isinstance(user_id, str):
+            raise ValueError(f"user_id must be a string, {str(user_id)!r} say; got {user_id!r}.")
         if user_id in used:
             raise ValueError(f"User {user_id!r} has an index already: {used.spell(user_id)}.")
         if used.codebook_size != self.codebook_size or used.levels != self.levels:
@@ -171,9 +175,11 @@ class UserIndexer(nn.Module, PyTorchModelHubMixin):
                 f"the map has {used.levels} levels of {used.codebook_size} codes, this indexer {self.levels} of "
                 f"{self.codebook_size}: they do not belong together."
             )
-        values = ({"reviews": reviews} if reviews is not None and len(reviews) else {}) | others
-        vectors = torch.from_numpy(self.inputs.encode(**values))[None]
+        reviews = reviews if isinstance(reviews, str) else list(() if reviews is None else reviews)
+        vectors = torch.from_numpy(self.inputs.encode(**({"reviews": reviews} if reviews else {}) | others))[None]
         told = vectors.any(-1)
+        if not told.any():
+            logger.warning("User %r has nothing to be indexed by, and gets an index that means nothing.", user_id)
         ids = torch.zeros(1, 0)
         if self.attention is not None:
             ids = torch.from_numpy(self.inputs.encode_user_ids([user_id]))
@@ -195,10 +201,12 @@ class UserIndexer(nn.Module, PyTorchModelHubMixin):
         indexer = super()._from_pretrained(model_id=str(folder), **settings).eval()
         if (Path(folder) / "inputs.json").is_file():
             indexer.inputs = InputEncoder.load(folder)
-            if indexer.inputs.dim != indexer.embedding_dim:
+            found = indexer.inputs.encoder.name if indexer.inputs.encoder else ""
+            if (indexer.encoder_name, indexer.embedding_dim) != (found, indexer.inputs.dim):
                 raise ValueError(
-                    f"{folder}: the indexer was made for vectors of length {indexer.embedding_dim}, its inputs "
-                    f"({', '.join(indexer.inputs.weights)}) give {indexer.inputs.dim}: they do not belong together."
+                    f"{folder}: the indexer was made for the encoder {indexer.encoder_name!r} and vectors of length "
+                    f"{indexer.embedding_dim}; its inputs ({', '.join(indexer.inputs.weights)}) are of the encoder "
+                    f"{found!r} and give {indexer.inputs.dim}: they do not belong together."
                 )
         return indexer
 
@@ -227,6 +235,7 @@ class UserIndexer(nn.Module, PyTorchModelHubMixin):
             kmeans = KMeans(min(self.codebook_size, len(residuals)), max_iter=100, random_state=seed).fit(residuals)
             centres = np.resize(kmeans.cluster_centers_, (self.codebook_size, self.code_dim))  # few users: repeated
             layer._codebook.embed.copy_(torch.from_numpy(centres))
+            layer._codebook.initted.fill_(True)  # or the library would start them anew
             residuals -= centres[kmeans.labels_]
 
 
@@ -294,17 +303,22 @@ def train_indexer(
 ) -> None:
     """Trains under `transformers.Trainer`: first the plain autoencoder, then, from a k-means start, with codes.
 
+    On Amazon Beauty, batches with codes cost the preset "default" lift that as many more without them bring.
+
     Args:
         steps: batches with codes.
         autoencoder_steps: batches before that without; from an untrained encoder k-means starts poor codebooks.
         refit_codebooks: end with codebooks by k-means over the trained encoder's latent vectors; those that came with
             the training lag behind it.
+
+    Raises:
+        ValueError: the training diverged.
     """
     from transformers import Trainer, TrainingArguments
 
     for quantize, batches in ((False, autoencoder_steps), (True, steps)):
         indexer.quantize = quantize
-        if quantize:
+        if quantize and (batches or not refit_codebooks):
             indexer.start_codebooks(latent_vectors(indexer, dataset, limit=_KMEANS_USERS))
         if not batches:
             continue
@@ -326,8 +340,11 @@ def train_indexer(
             )
             Trainer(indexer, arguments, train_dataset=dataset, data_collator=dataset.collate).train()
     indexer.cpu().eval()
+    latents = latent_vectors(indexer, dataset, limit=_KMEANS_USERS)
+    if not latents.isfinite().all():
+        raise ValueError(f"learning_rate is {learning_rate}, with which the training diverged: lower it.")
     if refit_codebooks:
-        indexer.refit_codebooks(latent_vectors(indexer, dataset, limit=_KMEANS_USERS), seed)
+        indexer.refit_codebooks(latents, seed)
 
 
 @torch.no_grad()

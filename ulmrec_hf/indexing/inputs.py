@@ -17,8 +17,8 @@ from ..files import write_json
 from ..texts import UserTexts, read_user_texts
 from .encoder import TextEncoder, TfidfEncoder, load_encoder
 
-INPUTS = ("reviews", "titles", "cooccurrence", "ratings", "times")
 _HASHED_DIM = 64
+_LARGEST = 1e300
 _DAY = 86_400
 _YEAR = 365.2425
 
@@ -114,7 +114,7 @@ class InputEncoder:
     """Turns interactions into vectors, for the users that it was fitted on and for new ones.
 
     Args:
-        weights: the weight of each input, by its name in `INPUTS`, in the order in which vectors are joined.
+        weights: the weight of each input, by its name, in the order in which vectors are joined.
         encoder: of reviews and titles; None where neither is an input.
         items: raw item id -> row in `item_vectors`.
         item_vectors: float32 [items, dim], of the input `cooccurrence`.
@@ -185,15 +185,16 @@ class InputEncoder:
     def _read(self, name: str, values: Iterable[Any]) -> list[Any]:
         """The values as a list, NaN in place of a missing number and None of a missing string."""
         values = [None if isinstance(value, float) and np.isnan(value) else value for value in values]
-        if name in ("ratings", "times"):
-            wrong = [value for value in values if not isinstance(value, int | float | np.integer | np.floating | None)]
-            values = [np.nan if value is None else value for value in values]
-        else:
-            wrong = [value for value in values if not isinstance(value, str | None)]
+        numbers = name in ("ratings", "times")
+        expected = int | float | np.integer | np.floating | None if numbers else str | None
+        wrong = [value for value in values if not isinstance(value, expected)]
         if wrong:
-            kind = "numbers" if name in ("ratings", "times") else "strings"
+            kind = "numbers" if numbers else "strings"
             raise ValueError(f"{name} must be {kind}, or None where one is missing; got {wrong[0]!r}.")
-        return values
+        if numbers:  # Python's whole numbers have no bound
+            return [np.nan if value is None or abs(value) > _LARGEST else value for value in values]
+        # half of a surrogate pair is no character; the readers replace it as well
+        return [value and value.encode("utf-8", "replace").decode() for value in values]
 
     def _told(self, name: str, values: Sequence[Any]) -> list[bool]:
         """Which of the values are there."""
@@ -264,7 +265,7 @@ def read_inputs(
     """The train part of a data stage, and its texts by the inputs that have any.
 
     Args:
-        names: of `INPUTS`, or "auto": reviews where the train part has any, else titles.
+        names: of `arguments.INPUTS`; "auto" is reviews where the train part has any, else titles.
         weights: one for each name; none at all for 1 each.
         data_folder: a finished data stage.
 
