@@ -82,10 +82,12 @@ def test_from_parquet_refuses_other_files(tmp_path):
     pq.write_table(pa.table({"user_id": ["a"], "codes": [[1]]}), tmp_path / "plain.parquet")
     with pytest.raises(ValueError, match="codebook_size in its schema metadata"):
         UserIndex.from_parquet(tmp_path / "plain.parquet")
-    ragged = pa.table({"user_id": ["a", "b"], "codes": [[1], [1, 2]]}).replace_schema_metadata({"codebook_size": "4"})
-    pq.write_table(ragged, tmp_path / "ragged.parquet")
-    with pytest.raises(ValueError, match="same number of codes"):
-        UserIndex.from_parquet(tmp_path / "ragged.parquet")
+    nobody = pa.array([], pa.list_(pa.uint16()))
+    for users, codes in ((["a", "b"], [[1], [1, 2]]), (["a", "b"], [1, 2]), (pa.array([], pa.string()), nobody)):
+        table = pa.table({"user_id": users, "codes": codes}).replace_schema_metadata({"codebook_size": "4"})
+        pq.write_table(table, tmp_path / "other.parquet")
+        with pytest.raises(ValueError, match="it needs users, and a list of as many codes for each"):
+            UserIndex.from_parquet(tmp_path / "other.parquet")
 
 
 def test_shuffled_keeps_users_and_codes():

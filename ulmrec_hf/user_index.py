@@ -264,9 +264,12 @@ class UserIndex:
                 f"schema metadata; it has the columns {', '.join(table.column_names)}."
             )
         codes = table["codes"].combine_chunks()
-        lengths = np.unique(codes.value_lengths().to_numpy(zero_copy_only=False))
+        is_list = pa.types.is_list(codes.type)
+        lengths = np.unique(codes.value_lengths().to_numpy(zero_copy_only=False)) if is_list else []
         if len(lengths) != 1 or codes.flatten().null_count:
-            raise ValueError(f"{path} is not a user index: every user needs the same number of codes, none missing.")
+            raise ValueError(
+                f"{path} is not a user index: it needs users, and a list of as many codes for each, none missing."
+            )
         flat = codes.flatten().to_numpy()
         kind = metadata.get(b"index_kind", b"codes").decode()
         numbers = table["number"].to_numpy() if kind in NUMBERED and "number" in table.column_names else None

@@ -30,8 +30,9 @@ logger = logging.getLogger(__name__)
 class UserIndexer(nn.Module, PyTorchModelHubMixin):
     """Turns a user's text embeddings into a latent vector and its codes.
 
-    The preset "paper" learns its codebooks by the loss of eqs. (4)-(6); "default" keeps them as running means of what
-    falls to them, starts them by k-means and revives dead codes, and has the other terms of the loss in common.
+    The preset "paper" learns its codebooks by the loss of eqs. (4)-(6). In "default" a user's vector has length 1, and
+    codebooks, where it is trained with any, are running means of what falls to them, with dead codes revived; it has
+    the other terms of the loss in common. Both start them by k-means.
 
     A plain module with `PyTorchModelHubMixin`: `PreTrainedModel` would not restore the quantiser's buffers.
 

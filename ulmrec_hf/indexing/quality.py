@@ -319,7 +319,8 @@ def quality_markdown(quality: Mapping[str, Any]) -> str:
     table = [["Level", "Codes used", "Perplexity", "Reconstruction error"]]
     names = ("codes_used", "perplexity", "reconstruction_error")
     table += [[str(level + 1), *(f"{quality[name][level]:,}" for name in names)] for level in levels]
-    parts += [_markdown_table(table), f"Users alone under their prefix: {', '.join(alone)}."]
+    alone = f"Users alone under their prefix: {', '.join(alone)}."
+    parts += [_markdown_table(table), f"{alone} The error is that of the nearest codes, before collisions are settled."]
 
     parts.append("## Prefixes")
     table = [["Prefix length", "Pairs of users", "Train items", "Held-out items", "95 %", "Words", "Ratings"]]
