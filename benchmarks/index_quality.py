@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -264,7 +265,8 @@ def all_runs(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         record = {"index": "random codes", "inputs": "", "attention": "", "seed": seed}
         yield record | random_codes(IndexArguments(seed=seed, **settings), judge)
     for mix, seed in itertools.product(available(args.data_folder, args.inputs), args.seeds):
-        first = IndexArguments(**parse_mix(mix), seed=seed, attention="on" in args.attention, **settings)
+        arguments = partial(IndexArguments, **parse_mix(mix), seed=seed, **settings)
+        first = arguments(attention="on" in args.attention)
         weights, texts, train = read_inputs(first.inputs, first.input_weights, args.data_folder)
         fitted, dataset = encode_train_part(first, weights, texts, train, fit_encoder(first, texts), embed)
         record = {"inputs": mix, "attention": "", "seed": seed}
@@ -284,8 +286,7 @@ def all_runs(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             )
             new_dataset = inputs_of_new_users(first, old_fitted, *new_part)
         for preset, attention in itertools.product(args.presets, args.attention):
-            # not replace(first, ...), which would keep what the first preset sets
-            one = IndexArguments(**parse_mix(mix), seed=seed, preset=preset, attention=attention == "on", **settings)
+            one = arguments(preset=preset, attention=attention == "on")
             result = learned(one, fitted, dataset, judge)
             if args.new_users:
                 result |= index_of_new_users(one, old_fitted, old_dataset, new_dataset, *new_part, new, judge)

@@ -123,8 +123,8 @@ def run_stage(
 
 def begin_stage(
     folder: str | os.PathLike, settings: Mapping[str, Any], inputs: Mapping[str, str], *, resume: bool = False
-) -> Path:
-    """Makes the folder that `run_stage` fills, and returns it; see there for the arguments."""
+) -> None:
+    """Makes the `partial_folder` that `run_stage` fills; see there for the arguments."""
     partial = partial_folder(Path(folder))
     record = _record(settings, inputs)
     try:
@@ -136,7 +136,6 @@ def begin_stage(
         shutil.rmtree(partial, ignore_errors=True)  # what lies there belongs to other settings
         partial.mkdir(parents=True)
         write_json(partial / RECORD, record)
-    return partial
 
 
 def partial_folder(folder: Path) -> Path:

@@ -1,9 +1,11 @@
 """Text encoders: texts and user-id strings -> vectors."""
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import Path
@@ -33,7 +35,7 @@ def _id_projection(dim: int) -> np.ndarray:
     return np.random.default_rng(0).standard_normal((_ID_FEATURES, dim), dtype=np.float32)
 
 
-class TextEncoder:
+class TextEncoder(ABC):
     """What turns texts into vectors.
 
     Attributes:
@@ -50,9 +52,9 @@ class TextEncoder:
         """Learns from texts of the train part whatever the encoder has to learn; nothing by default."""
         return self
 
+    @abstractmethod
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """float32 [texts, dim]."""
-        raise NotImplementedError
 
     def encode_user_ids(self, user_ids: Sequence[str]) -> np.ndarray:
         """float32 [users, dim]: `e_ou` of eq. (1)."""
@@ -86,15 +88,12 @@ class TfidfEncoder(TextEncoder):
     def fit(self, texts: Sequence[str]) -> "TfidfEncoder":
         from sklearn.decomposition import TruncatedSVD
 
-        weights = None
         for least in (2, 1) if len(texts) >= 100 else (1,):
             vectorizer = _tfidf(min_df=least)
-            try:
+            with contextlib.suppress(ValueError):  # no word is in so many texts
                 weights = vectorizer.fit_transform(texts)
                 break
-            except ValueError:  # no word is in so many texts
-                continue
-        if weights is None:
+        else:
             raise ValueError(
                 f"encoder is tfidf, which finds no words in the {len(texts)} train texts: it splits them at spaces and "
                 "leaves English stop words out. Name a sentence encoder, or other inputs."

@@ -1,5 +1,6 @@
 """Preferences as key phrases: the words and word pairs that tell a user's texts from everybody else's."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import numpy as np
@@ -7,7 +8,7 @@ import numpy as np
 NO_PREFERENCE = "(none)"
 
 
-class PreferenceExtractor:
+class PreferenceExtractor(ABC):
     """What turns users' texts into preferences.
 
     Attributes:
@@ -24,9 +25,9 @@ class PreferenceExtractor:
         """Learns from the texts of the train part whatever the extractor has to learn; nothing by default."""
         return self
 
+    @abstractmethod
     def extract(self, texts_per_user: Sequence[Sequence[str]]) -> list[str]:
         """One preference for each list of texts, `(none)` where they say nothing."""
-        raise NotImplementedError
 
 
 class KeyPhraseExtractor(PreferenceExtractor):

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -141,7 +142,7 @@ class RetrieverConfig(PreTrainedConfig):
     max_history: int = 50
 
 
-class Retriever:
+class Retriever(ABC):
     """The common face: scores for the whole catalogue from histories, `save_pretrained` and `from_pretrained`."""
 
     config: RetrieverConfig
@@ -151,6 +152,7 @@ class Retriever:
         """The retriever's name in reports and in config.json."""
         return self.config.model_type
 
+    @abstractmethod
     def score(self, histories: Iterable[Sequence[int]]) -> torch.Tensor:
         """Scores every item as the next one of each history.
 
@@ -162,7 +164,6 @@ class Retriever:
             float32 [batch, num_items + 1], higher is better, on the retriever's device; column 0 (padding) is -inf.
             Items of the history are scored too, though a hybrid puts them below its pool.
         """
-        raise NotImplementedError
 
     def log_scores(self, histories: Iterable[Sequence[int]]) -> torch.Tensor:
         """Like `score`, on the scale of log-probabilities up to a constant for each history, so that they add up."""

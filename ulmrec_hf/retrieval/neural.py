@@ -1,5 +1,6 @@
 """What the neural retrievers share: item embeddings tied to the output, the loss, and scoring at the last position."""
 
+from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -62,12 +63,12 @@ class NeuralRetriever(Retriever, PreTrainedModel):
         self.item_embedding = nn.Embedding(config.num_items + 1, config.hidden_size, padding_idx=0)
         self.item_bias = nn.Parameter(torch.zeros(config.num_items + 1))
 
+    @abstractmethod
     def encode(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Hidden states, float [batch, length, hidden_size], of right-padded items, int64 [batch, length].
 
         The state at a real position may depend on the real items up to it, and on nothing else.
         """
-        raise NotImplementedError
 
     def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> RetrieverOutput:
         """Loss or next-item logits.
