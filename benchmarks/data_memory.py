@@ -38,7 +38,7 @@ def write_interactions(path: Path, count: int) -> None:
 
 def prepare_with_ours(path: Path, output_dir: Path) -> None:
     from ulmrec_hf.data.arguments import DataArguments
-    from ulmrec_hf.data.prepare import prepare_data
+    from ulmrec_hf.data.stage import prepare_data
 
     prepare_data(DataArguments(data_format="amazon", interactions=str(path)), output_dir)
 

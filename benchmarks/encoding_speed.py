@@ -38,9 +38,9 @@ def synthetic_reviews(count: int) -> list[str]:
 
 def read_reviews(folder: str, count: int) -> list[str]:
     """An even sample of the different train reviews of a data stage."""
-    from ulmrec_hf.texts import read_user_texts
+    from ulmrec_hf.tables import LeaveOneOut
 
-    texts = read_user_texts(folder).texts
+    texts = LeaveOneOut.load(folder).texts().texts
     return texts[:: max(1, len(texts) // count)][:count]
 
 
@@ -59,7 +59,7 @@ def main() -> None:
     import torch
 
     from ulmrec_hf.indexing.encoder import PretrainedEncoder
-    from ulmrec_hf.texts import load_sentence_encoder
+    from ulmrec_hf.sentence_encoder import load_sentence_encoder
 
     torch.set_num_threads(args.threads)
     logging.basicConfig(level=logging.WARNING)

@@ -33,7 +33,6 @@ from transformers.utils import logging
 from ulmrec_hf.files import write_json
 from ulmrec_hf.indexing.arguments import PRESETS, IndexArguments
 from ulmrec_hf.indexing.assignment import assign_new, assign_unique, count_collisions, nearest_codes
-from ulmrec_hf.indexing.build import encode_train_part, fit_encoder, fit_indexer
 from ulmrec_hf.indexing.encoder import TextEncoder, TfidfEncoder
 from ulmrec_hf.indexing.indexer import UserDataset, UserIndexer, latent_vectors, user_vectors
 from ulmrec_hf.indexing.inputs import (
@@ -44,7 +43,8 @@ from ulmrec_hf.indexing.inputs import (
     read_inputs,
 )
 from ulmrec_hf.indexing.quality import _incidence, _interactions, lift, neighbour_lift, share_rate
-from ulmrec_hf.texts import UserTexts, read_user_texts
+from ulmrec_hf.indexing.stage import encode_train_part, fit_encoder, fit_indexer
+from ulmrec_hf.tables import LeaveOneOut, UserTexts
 from ulmrec_hf.user_index import UserIndex, pack_codes, perplexity
 
 INPUTS = ("titles", "cooccurrence", "titles+cooccurrence", "reviews", "reviews+titles")
@@ -249,7 +249,7 @@ def parse_mix(mix: str) -> dict[str, Any]:
 
 def available(data_folder: str, wanted: Sequence[str]) -> list[str]:
     """The mixes that the data has; those that it has not are told."""
-    has_reviews = read_user_texts(data_folder, "auto").kind == "reviews"
+    has_reviews = LeaveOneOut.load(data_folder).texts("auto").kind == "reviews"
     found = [mix for mix in wanted if has_reviews or "reviews" not in parse_mix(mix)["inputs"]]
     for mix in wanted:
         if mix not in found:

@@ -141,8 +141,8 @@ def train(data_folder: str, config: str) -> dict[str, float]:
     from transformers.utils import logging
 
     from ulmrec_hf.indexing.arguments import IndexArguments
-    from ulmrec_hf.indexing.build import encode_train_part, fit_encoder
     from ulmrec_hf.indexing.inputs import read_inputs
+    from ulmrec_hf.indexing.stage import encode_train_part, fit_encoder
 
     logging.set_verbosity_error()
     args = IndexArguments(**yaml.safe_load(Path(config).read_text(encoding="utf-8")))

@@ -25,11 +25,11 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, set_seed
 
 from ulmrec_hf.metrics import ranking_metrics
 from ulmrec_hf.retrieval.arguments import RetrieverArguments
-from ulmrec_hf.retrieval.base import Sequences
 from ulmrec_hf.retrieval.candidates import target_ranks
 from ulmrec_hf.retrieval.lrurec import LinearRecurrentUnit, LRURecConfig, LRURecModel
 from ulmrec_hf.retrieval.neural import RetrieverOutput, pad_right
 from ulmrec_hf.retrieval.trainer import RetrieverTrainer, TrainingRows, ValidationRows, training_arguments
+from ulmrec_hf.tables import LeaveOneOut, Sequences
 
 
 def complex_recurrence(unit: LinearRecurrentUnit, x: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
@@ -177,7 +177,7 @@ def main() -> None:
     options = parser.parse_args()
     check_forms()
     args = RetrieverArguments(epochs=options.epochs, patience=0, seed=options.seed)
-    sequences = Sequences.load(options.data_folder)
+    sequences = LeaveOneOut.load(options.data_folder).sequences
     rows = TrainingRows(sequences.train_part(), args.max_history)
     steps = options.steps or len(rows) // args.batch_size
     results = {"settings": vars(options), "users": len(sequences), "items": sequences.num_items}

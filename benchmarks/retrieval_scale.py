@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ulmrec_hf.retrieval.base import Sequences
+from ulmrec_hf.tables import Sequences
 
 EXPONENT = 0.8  # of the popularity by rank; that of the items of Amazon Beauty is 0.76
 CATALOGUE = "synthetic"

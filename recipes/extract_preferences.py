@@ -6,9 +6,9 @@ from trl import TrlParser
 
 from ulmrec_hf.cli import run_script
 from ulmrec_hf.data.arguments import DataArguments, StageArguments
-from ulmrec_hf.data.prepare import prepare_data
+from ulmrec_hf.data.stage import prepare_data
 from ulmrec_hf.preferences.arguments import PreferenceArguments
-from ulmrec_hf.preferences.build import extract_preferences
+from ulmrec_hf.preferences.stage import extract_preferences
 
 
 def make_parser() -> TrlParser:

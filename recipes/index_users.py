@@ -12,9 +12,9 @@ from trl import TrlParser
 
 from ulmrec_hf.cli import run_alone, run_script
 from ulmrec_hf.data.arguments import DataArguments, StageArguments
-from ulmrec_hf.data.prepare import prepare_data
+from ulmrec_hf.data.stage import prepare_data
 from ulmrec_hf.indexing.arguments import IndexArguments
-from ulmrec_hf.indexing.build import encode_inputs, index_users
+from ulmrec_hf.indexing.stage import encode_inputs, index_users
 
 
 def make_parser() -> TrlParser:

@@ -11,7 +11,7 @@ from trl import TrlParser
 
 from ulmrec_hf.cli import run_script
 from ulmrec_hf.data.arguments import DataArguments, StageArguments
-from ulmrec_hf.data.prepare import prepare_data
+from ulmrec_hf.data.stage import prepare_data
 
 
 def make_parser() -> TrlParser:

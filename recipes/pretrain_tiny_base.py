@@ -28,8 +28,8 @@ from transformers import (
 from trl import TrlParser
 
 from ulmrec_hf.data import synthetic as toy
-from ulmrec_hf.data.prompts import LETTERS, NONE, TASKS, PromptTemplates, render_history
 from ulmrec_hf.files import atomic_folder
+from ulmrec_hf.prompts import LETTERS, NONE, TASKS, PromptTemplates, render_history
 
 IGNORED = -100
 MOST = 20  # candidates of the longest lists

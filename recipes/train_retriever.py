@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     """Prepares the data where that is still to do, runs the retrieval stage, and prints its results."""
     data_args, args, stage_args = make_parser().parse_args_and_config(argv)
 
-    from ulmrec_hf.data.prepare import prepare_data
+    from ulmrec_hf.data.stage import prepare_data
     from ulmrec_hf.retrieval.stage import train_retriever
 
     data_folder = prepare_data(data_args, stage_args.output_dir, overwrite=stage_args.overwrite)

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 from trl import ModelConfig
 
 from tests.tiny_llama import make_base
-from ulmrec_hf.data.tasks import TaskArguments, TaskRows
 from ulmrec_hf.modeling import add_adapter, extend_base, load_base, publish_model
 from ulmrec_hf.ranker import RankerSettings, UserRanker, UserRankingPipeline
+from ulmrec_hf.tasks.rows import TaskArguments, TaskRows
 from ulmrec_hf.tokenization_user import UserTokenizer
 from ulmrec_hf.user_index import UserIndex
 

@@ -10,7 +10,7 @@ _MODULE_OF = {
     "LetterVerbalizer": "verbalizer",
     "RankingMetrics": "metrics",
     "Report": "report",
-    "ULMRecCollator": "data.collators",
+    "ULMRecCollator": "tasks.collators",
     "ULMRecTrainer": "trainer",
     "ULMRecTrainingArguments": "trainer",
     "UserIndex": "user_index",

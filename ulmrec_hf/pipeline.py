@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from trl import ModelConfig
 
     from .data.arguments import DataArguments
-    from .data.tasks import TaskArguments, TaskRows
     from .indexing.arguments import IndexArguments
     from .preferences.arguments import PreferenceArguments
     from .retrieval.arguments import RetrieverArguments
+    from .tasks.rows import TaskArguments, TaskRows
     from .tokenization_user import UserTokenizer
     from .trainer import ULMRecTrainer, ULMRecTrainingArguments
 
@@ -168,9 +168,9 @@ def prepare_stages(settings: Settings) -> None:
     Raises:
         ValueError: settings that do not fit together or data that cannot be used; see the stages.
     """
-    from .data.prepare import prepare_data
-    from .indexing.build import index_users
-    from .preferences.build import extract_preferences
+    from .data.stage import prepare_data
+    from .indexing.stage import index_users
+    from .preferences.stage import extract_preferences
     from .retrieval.stage import train_retriever
 
     settings.check()
@@ -187,7 +187,7 @@ def prepare_stages(settings: Settings) -> None:
 
 def check_letters(tasks: "TaskArguments", tokenizer: "UserTokenizer") -> None:
     """Raises ValueError where the base's letters are no single tokens: known before anything long is run."""
-    from .data.prompts import PromptTemplates
+    from .prompts import PromptTemplates
     from .verbalizer import LetterVerbalizer
 
     fields = dict.fromkeys(("user", "history", "candidates", "letter"), "")
@@ -199,7 +199,7 @@ def write_task_stage(
     settings: Settings, folder: Path, user_index: UserIndex | None, tokenizer: "UserTokenizer"
 ) -> Path:
     """Renders the six tasks with one user index (the real one, the placebo's, or none) into `folder`."""
-    from .data.tasks import write_tasks
+    from .tasks.rows import write_tasks
 
     tables = task_tables(settings)
     inputs = {
@@ -285,7 +285,7 @@ def _build_model(settings: Settings, system: str, folder: Path, tasks: Path, ind
     from transformers import set_seed
 
     from . import modeling
-    from .data.tasks import TaskRows, strip_user_tokens
+    from .tasks.rows import TaskRows, strip_user_tokens
 
     training, pipeline = settings.training, settings.pipeline
     is_main, wait = training.process_index == 0, _barrier(training)

@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import torch
 from transformers import Pipeline, PreTrainedModel, PreTrainedTokenizerBase
 
-from .data.prompts import (
+from .modeling import ITEMS_FILE, TEMPLATES_FILE, USER_INDEX_FILE, load_published, read_ranker_file
+from .prompts import (
     LETTERS,
     PromptTemplates,
     check_spellings,
@@ -23,7 +24,6 @@ from .data.prompts import (
     reserved_tokens,
     spell_user,
 )
-from .modeling import ITEMS_FILE, TEMPLATES_FILE, USER_INDEX_FILE, load_published, read_ranker_file
 from .user_index import UserIndex
 from .verbalizer import LetterVerbalizer
 

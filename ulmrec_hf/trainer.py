@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
-from .data.collators import ULMRecCollator, tokenize_rows
 from .metrics import MISS, RankingMetrics
+from .tasks.collators import ULMRecCollator, tokenize_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -6,7 +6,7 @@ import pytest
 
 from ulmrec_hf.indexing import encoder as encoders
 from ulmrec_hf.indexing.encoder import PretrainedEncoder, TfidfEncoder, load_encoder, make_encoder
-from ulmrec_hf.texts import PACKAGED_ENCODER
+from ulmrec_hf.sentence_encoder import PACKAGED_ENCODER
 
 TEXTS = [
     f"{taste} {thing} number {word}" for taste in ("sturdy", "cheap") for thing in ("tent", "pan") for word in "xyzw"

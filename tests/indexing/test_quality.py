@@ -20,7 +20,7 @@ from ulmrec_hf.indexing.quality import (
     share_rate,
     write_quality_report,
 )
-from ulmrec_hf.texts import UserTexts, read_user_texts
+from ulmrec_hf.tables import LeaveOneOut, UserTexts
 from ulmrec_hf.user_index import UserIndex
 
 ASSIGNMENT = {"collisions_before": 4, "collisions_after": 0, "reconstruction_error": [0.5, 0.25]}
@@ -41,7 +41,7 @@ def small_index(users, size=8, seed=0):
 
 
 def small_quality(data, index=None, **settings):
-    users = read_user_texts(data)
+    users = LeaveOneOut.load(data).texts()
     index = index or small_index(len(users))
     latents = np.random.default_rng(1).standard_normal((len(users), 4)).astype(np.float32)
     return index_quality(index, users, latents, data, **ASSIGNMENT, **settings), index, latents

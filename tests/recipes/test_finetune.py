@@ -75,7 +75,7 @@ def test_every_evaluation_row_is_scored(run_folder):
 
 
 def test_the_run_without_an_index_saw_no_user_token(run_folder, small_settings, monkeypatch):
-    from ulmrec_hf.data.tasks import strip_user_tokens
+    from ulmrec_hf.tasks.rows import strip_user_tokens
 
     tasks = pq.read_table(next((run_folder / "data" / "tasks" / "mixture").glob("train-*.parquet"))).to_pylist()
     token = re.compile(r"<[a-z]_\d+>")

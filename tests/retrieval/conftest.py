@@ -1,7 +1,7 @@
 import pytest
 
 from tests.retrieval.world import item_ids, make_lists
-from ulmrec_hf.retrieval.base import Sequences
+from ulmrec_hf.tables import Sequences
 
 
 @pytest.fixture(scope="session")

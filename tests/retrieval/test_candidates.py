@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from tests.retrieval.world import item_ids, make_lists
-from ulmrec_hf.retrieval.base import Sequences
 from ulmrec_hf.retrieval.candidates import retrieve_candidates, split_positions, target_ranks
 from ulmrec_hf.retrieval.item_knn import ItemKNNRetriever
 from ulmrec_hf.retrieval.lrurec import LRURecConfig, LRURecModel
 from ulmrec_hf.retrieval.popularity import PopularityRetriever
-from ulmrec_hf.retrieval.ranking import ranks_of, seen_places, top_items
+from ulmrec_hf.retrieval.topk import ranks_of, seen_places, top_items
+from ulmrec_hf.tables import Sequences
 
 
 def rows_of(path):

@@ -3,11 +3,11 @@ import pytest
 import torch
 
 from tests.retrieval.world import item_ids, make_lists
-from ulmrec_hf.retrieval.base import Sequences
 from ulmrec_hf.retrieval.hybrid import HybridRetriever, fit_combiner, pool, validation_pools
 from ulmrec_hf.retrieval.item_knn import ItemKNNRetriever
 from ulmrec_hf.retrieval.popularity import PopularityRetriever
-from ulmrec_hf.retrieval.ranking import hide, seen_places, top_items
+from ulmrec_hf.retrieval.topk import hide, seen_places, top_items
+from ulmrec_hf.tables import Sequences
 
 
 @pytest.fixture(scope="module")

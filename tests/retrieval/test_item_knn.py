@@ -5,9 +5,9 @@ import pytest
 
 from tests.retrieval.world import item_ids
 from ulmrec_hf.metrics import ranking_metrics
-from ulmrec_hf.retrieval.base import Sequences
 from ulmrec_hf.retrieval.candidates import target_ranks
 from ulmrec_hf.retrieval.item_knn import ItemKNNRetriever
+from ulmrec_hf.tables import Sequences
 
 PLAIN = {"window": 2, "backward_weight": 0.5, "recency": 0.5, "popularity_exponent": 0.0}
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from tests.retrieval.world import NUM_ITEMS, item_ids, titles
-from ulmrec_hf.retrieval.base import RETRIEVERS, Sequences, load_retriever, retriever_class
+from ulmrec_hf.retrieval.base import RETRIEVERS, load_retriever, retriever_class
 from ulmrec_hf.retrieval.hybrid import HybridRetriever
 from ulmrec_hf.retrieval.item_knn import ItemKNNRetriever
 from ulmrec_hf.retrieval.popularity import PopularityRetriever
 from ulmrec_hf.retrieval.text import TextRetriever
+from ulmrec_hf.tables import Sequences
 
 HISTORIES = [[1, 2, 3], [5], [], [7, 7, 8, 9, 10, 11, 12, 13, 14, 15]]
 

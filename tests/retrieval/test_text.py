@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from tests.retrieval.world import item_ids
-from ulmrec_hf.retrieval.base import Sequences
 from ulmrec_hf.retrieval.text import TextRetriever
+from ulmrec_hf.tables import Sequences
 
 TITLES = ["red silk scarf", "red wool scarf", "blue wool hat", "garden spade", "steel garden spade"]
 TRAIN = Sequences.from_lists([[1, 2, 3], [4, 4]], item_ids(5))

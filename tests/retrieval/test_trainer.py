@@ -9,10 +9,11 @@ import torch
 from tests.retrieval.world import NUM_ITEMS, item_ids, make_lists, titles, write_data_stage
 from ulmrec_hf.metrics import ranking_metrics
 from ulmrec_hf.retrieval.arguments import RetrieverArguments
-from ulmrec_hf.retrieval.base import Sequences, load_retriever
+from ulmrec_hf.retrieval.base import load_retriever
 from ulmrec_hf.retrieval.candidates import target_ranks
 from ulmrec_hf.retrieval.stage import fit_retriever, train_retriever
 from ulmrec_hf.retrieval.trainer import EqualBatches, TrainingRows, collate
+from ulmrec_hf.tables import LeaveOneOut, Sequences
 
 FAST = {
     "hidden_size": 16,
@@ -46,7 +47,7 @@ def test_stage_writes_its_files_and_nothing_else(stage):
 def test_loss_falls_and_the_best_epoch_is_kept(stage):
     history = json.loads((stage / "training.json").read_text())["history"]
     assert history[-1]["loss"] < 0.8 * history[0]["loss"]
-    sequences = Sequences.load(stage.parent / "data")
+    sequences = LeaveOneOut.load(stage.parent / "data").sequences
     _, ranks = target_ranks(load_retriever(stage), sequences, "validation")
     kept = ranking_metrics(np.where(ranks > 0, ranks, np.inf), ks=(10,))["ndcg@10"]
     assert kept == pytest.approx(max(row["ndcg@10"] for row in history))
@@ -151,7 +152,7 @@ def test_cross_fitted_candidates_come_from_a_retriever_without_that_user(tmp_pat
         assert tables[0][tables[0]["split"] == split].equals(tables[1][tables[1]["split"] == split])
     rows = [table[table["split"] == "train"].set_index(["user", "position"]).sort_index() for table in tables]
     assert rows[0].index.equals(rows[1].index)
-    sequences = Sequences.load(tmp_path / "data")
+    sequences = LeaveOneOut.load(tmp_path / "data").sequences
     user, position = rows[1].index[-1]
     kept = np.where(np.arange(len(sequences)) % 3 == user % 3, 0, sequences.lengths)
     alone, _ = fit_retriever("item_knn", RetrieverArguments(**args), sequences.select(kept), titles(), tmp_path)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..files import hash_value, write_json
-from ..texts import load_sentence_encoder
+from ..sentence_encoder import load_sentence_encoder
 from .arguments import POOLINGS
 
 if TYPE_CHECKING:

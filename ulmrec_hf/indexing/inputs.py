@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from scipy import sparse
 
 from ..files import write_json
-from ..texts import UserTexts, read_user_texts
+from ..tables import LeaveOneOut, UserTexts
 from .encoder import TextEncoder, TfidfEncoder, load_encoder
 
 _HASHED_DIM = 64
@@ -277,7 +277,7 @@ def read_inputs(
     """
     by_name = dict(zip(names, weights or [1.0] * len(names), strict=True))
     if "auto" in by_name:
-        texts = {"auto": read_user_texts(data_folder, "auto")}
+        texts = {"auto": LeaveOneOut.load(data_folder).texts("auto")}
         kind = texts["auto"].kind
         texts = {kind: texts["auto"]}
         by_name = {kind if name == "auto" else name: weight for name, weight in by_name.items()}
@@ -285,8 +285,8 @@ def read_inputs(
         texts = {}
     for name in ("reviews", "titles"):
         if name in by_name and name not in texts:
-            texts[name] = read_user_texts(data_folder, name)
-    any_texts = next(iter(texts.values())) if texts else read_user_texts(data_folder, "titles")
+            texts[name] = LeaveOneOut.load(data_folder).texts(name)
+    any_texts = next(iter(texts.values())) if texts else LeaveOneOut.load(data_folder).texts("titles")
     train = TrainPart.load(data_folder, any_texts.offsets)
     for name in ("ratings", "times"):
         if name in by_name and not np.nan_to_num(getattr(train, name)).any():  # a source without times has zeros

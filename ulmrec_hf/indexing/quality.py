@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 from scipy import sparse
 
 from ..files import atomic_path, write_json, write_text
-from ..texts import HELD_OUT, UserTexts
+from ..protocol import HELD_OUT
+from ..tables import UserTexts
 from ..user_index import UserIndex, spell_codes
 
 if TYPE_CHECKING:

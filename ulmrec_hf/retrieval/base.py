@@ -5,19 +5,16 @@ import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import ClassVar, Self
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from safetensors.numpy import load_file, save_file
 from transformers import PreTrainedConfig
 
-from ..files import hash_value
+from ..tables import Sequences
 
 logger = logging.getLogger(__name__)
 
@@ -32,100 +29,6 @@ RETRIEVERS = {
     "text": ("text", "TextRetriever"),
     "hybrid": ("hybrid", "HybridRetriever"),
 }
-
-
-def catalogue_hash(item_ids: Sequence[str]) -> str:
-    """The hash of a catalogue: its raw item ids in the order of their dense ids 1..n."""
-    return hash_value(list(item_ids))
-
-
-@dataclass(frozen=True)
-class Sequences:
-    """Every user's items in time order, as one flat array: 4 bytes an interaction, 8 a user.
-
-    Attributes:
-        items: int32 [interactions], dense item ids in 1..num_items.
-        offsets: int64 [users + 1]; user u has `items[offsets[u]:offsets[u + 1]]`.
-        num_items: how many items the catalogue holds.
-        catalogue: hash of the catalogue (see `catalogue_hash`).
-    """
-
-    items: np.ndarray
-    offsets: np.ndarray
-    num_items: int
-    catalogue: str
-
-    def __post_init__(self):
-        if not self.num_items:
-            raise ValueError("the catalogue has no items: nothing can be retrieved.")
-        if len(self.items) and not 1 <= self.items.min() <= self.items.max() <= self.num_items:
-            raise ValueError(
-                f"sequences hold items {self.items.min()}..{self.items.max()}, but the catalogue has items "
-                f"1..{self.num_items}: the two tables do not belong together."
-            )
-
-    @classmethod
-    def load(cls, data_folder: str | os.PathLike) -> Self:
-        """Reads `sequences.parquet` and `items.parquet` of a data stage.
-
-        Raises:
-            ValueError: a table is missing, or its dense ids are not in order.
-        """
-        folder = Path(data_folder)
-        for name in ("sequences.parquet", "items.parquet"):
-            if not (folder / name).is_file():
-                raise ValueError(f"{folder / name} is missing: prepare the data first.")
-        catalogue = pq.read_table(folder / "items.parquet", columns=["item", "item_id"])
-        table = pq.read_table(folder / "sequences.parquet", columns=["user", "items"]).combine_chunks()
-        for column, first, file in ((catalogue["item"], 1, "items"), (table["user"], 0, "sequences")):
-            if not np.array_equal(column.to_numpy(), np.arange(first, first + len(column))):
-                raise ValueError(
-                    f"{folder / file}.parquet: {file[:-1]} ids must be {first}, {first + 1}, ... in order."
-                )
-        lists = pa.chunked_array(table["items"]).combine_chunks()
-        offsets = np.concatenate([[0], np.cumsum(lists.value_lengths().to_numpy(), dtype=np.int64)])
-        return cls(
-            lists.flatten().to_numpy().astype(np.int32),
-            offsets.astype(np.int64),
-            len(catalogue),
-            catalogue_hash(catalogue["item_id"].to_pylist()),
-        )
-
-    @classmethod
-    def from_lists(cls, lists: Sequence[Sequence[int]], item_ids: Sequence[str]) -> Self:
-        """Builds sequences from one list of dense item ids per user, and the catalogue's raw item ids."""
-        offsets = np.cumsum([0, *(len(items) for items in lists)], dtype=np.int64)
-        flat = np.array([item for items in lists for item in items], dtype=np.int32)
-        return cls(flat, offsets, len(item_ids), catalogue_hash(item_ids))
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, user: int) -> np.ndarray:
-        return self.items[self.offsets[user] : self.offsets[user + 1]]
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """int64 [users], how many items every user has."""
-        return np.diff(self.offsets)
-
-    def train_part(self) -> Self:
-        """The same users without their last two items, which are the validation and the test target."""
-        return self.select(np.maximum(self.lengths - 2, 0))
-
-    def select(self, kept: np.ndarray) -> Self:
-        """The same users with their `kept` oldest items alone, int64 [users]; a user may be left with none."""
-        place = np.arange(len(self.items)) - np.repeat(self.offsets[:-1], self.lengths)
-        return type(self)(
-            self.items[place < np.repeat(kept, self.lengths)],
-            np.concatenate([[0], np.cumsum(kept, dtype=np.int64)]),
-            self.num_items,
-            self.catalogue,
-        )
-
-    def counts(self) -> np.ndarray:
-        """int64 [num_items + 1], how often every item occurs; place 0 is padding."""
-        return np.bincount(self.items, minlength=self.num_items + 1)
 
 
 class RetrieverConfig(PreTrainedConfig):

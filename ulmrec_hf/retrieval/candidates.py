@@ -13,21 +13,11 @@ import torch
 from tqdm.auto import tqdm
 
 from ..files import atomic_path
-from .base import Retriever, Sequences
-from .ranking import hide, ranks_of, seen_places, top_items
+from ..protocol import SPLITS
+from ..tables import CANDIDATES, Sequences
+from .base import Retriever
+from .topk import hide, ranks_of, seen_places, top_items
 
-SPLITS = ("train", "validation", "test")
-CANDIDATES_SCHEMA = pa.schema(
-    [
-        ("user", pa.int32()),
-        ("split", pa.string()),
-        ("position", pa.int32()),
-        ("items", pa.list_(pa.int32())),
-        ("scores", pa.list_(pa.float32())),
-        ("target", pa.int32()),
-        ("target_rank", pa.int32()),
-    ]
-)
 _BLOCK = 16384  # rows that are held at once, grouped by length and written as one row group
 _CELLS = 1 << 22  # scores that are held at once: 16 MB
 
@@ -154,7 +144,7 @@ def retrieve_candidates(
     if k < 1:
         raise ValueError(f"k must be at least 1; got {k}.")
     path = Path(path)
-    with atomic_path(path) as partial, pq.ParquetWriter(partial, CANDIDATES_SCHEMA, compression="zstd") as writer:
+    with atomic_path(path) as partial, pq.ParquetWriter(partial, CANDIDATES, compression="zstd") as writer:
         for split in SPLITS:
             rows = split_positions(sequences, split, train_positions)
             parts = [(test_retriever if split == "test" and test_retriever else retriever, rows)]
@@ -181,7 +171,7 @@ def _to_table(block: dict[str, np.ndarray], split: str) -> pa.Table:
         block["targets"].astype(np.int32),
         block["ranks"].astype(np.int32),
     ]
-    return pa.table(columns, schema=CANDIDATES_SCHEMA)
+    return pa.table(columns, schema=CANDIDATES)
 
 
 def target_ranks(retriever: Retriever, sequences: Sequences, split: str) -> tuple[np.ndarray, np.ndarray]:

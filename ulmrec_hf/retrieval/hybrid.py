@@ -15,9 +15,10 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainingArguments, set_seed
 
-from .base import Retriever, RetrieverConfig, Sequences, load_retriever
+from ..tables import Sequences
+from .base import Retriever, RetrieverConfig, load_retriever
 from .candidates import split_positions
-from .ranking import hide, seen_places, top_items
+from .topk import hide, seen_places, top_items
 
 logger = logging.getLogger(__name__)
 

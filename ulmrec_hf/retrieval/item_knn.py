@@ -5,7 +5,7 @@ from typing import Self
 import numpy as np
 from scipy import sparse
 
-from .base import Sequences
+from ..tables import Sequences
 from .neighbours import NeighbourConfig, NeighbourRetriever
 
 _FOLD = 1 << 22  # how many pairs are held before they are summed, at least

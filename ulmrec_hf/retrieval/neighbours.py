@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from scipy import sparse
 
-from .base import CountingRetriever, RetrieverConfig, Sequences
-from .ranking import hide
+from ..tables import Sequences
+from .base import CountingRetriever, RetrieverConfig
+from .topk import hide
 
 _POPULARITY_SHARE = 1e-6  # far below any weight that counts: it only orders items that no history item leads to
 _FLOOR = 0.01  # the share of the best item's score that is given to every item on the log scale

@@ -6,7 +6,8 @@ from typing import Self
 import numpy as np
 import torch
 
-from .base import CountingRetriever, RetrieverConfig, Sequences
+from ..tables import Sequences
+from .base import CountingRetriever, RetrieverConfig
 
 
 class PopularityConfig(RetrieverConfig):

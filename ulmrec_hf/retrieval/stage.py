@@ -12,8 +12,9 @@ from transformers import set_seed
 
 from ..files import write_json, write_table
 from ..stages import run_stage, stage_fingerprint
+from ..tables import LeaveOneOut, Sequences
 from .arguments import RetrieverArguments
-from .base import Retriever, Sequences, retriever_class
+from .base import Retriever, retriever_class
 from .candidates import retrieve_candidates, target_ranks
 from .item_knn import ItemKNNRetriever
 from .popularity import PopularityRetriever
@@ -46,7 +47,7 @@ def train_retriever(
     """
 
     def build(folder: Path) -> None:
-        sequences, titles = Sequences.load(data_folder), read_titles(data_folder)
+        sequences, titles = LeaveOneOut.load(data_folder).sequences, read_titles(data_folder)
         retriever, history = fit_retriever(args.retriever, args, sequences, titles, folder)
         others = {part.name: part for part in getattr(retriever, "components", [])}
         for name in BASELINES:

@@ -7,8 +7,8 @@ from typing import Self
 import numpy as np
 from scipy import sparse
 
-from ..texts import load_sentence_encoder
-from .base import Sequences
+from ..sentence_encoder import load_sentence_encoder
+from ..tables import Sequences
 from .neighbours import NeighbourConfig, NeighbourRetriever
 
 _CELLS = 1 << 22  # similarities that are held at once: 16 MB

@@ -12,10 +12,10 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import EarlyStoppingCallback, EvalPrediction, Trainer, TrainingArguments
 
 from ..metrics import ranking_metrics
+from ..tables import Sequences
 from .arguments import RetrieverArguments
-from .base import Sequences
 from .neural import NeuralRetriever, pad_right
-from .ranking import ranks_of, seen_places
+from .topk import ranks_of, seen_places
 
 _EVAL_BATCH = 256
 

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import yaml
 
-from ..verbalizer import LETTERS
+from .verbalizer import LETTERS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from ..user_index import UserIndex
+    from .user_index import UserIndex
 
 TASKS = (
     "next_item",
@@ -167,7 +167,7 @@ class PromptTemplates:
     @classmethod
     def from_yaml(cls, path: str | os.PathLike | None = None) -> "PromptTemplates":
         """Reads templates from a file; the package's own without a path."""
-        source = resources.files("ulmrec_hf.data") / "templates" / "default.yaml" if path is None else Path(path)
+        source = resources.files("ulmrec_hf.tasks") / "templates" / "default.yaml" if path is None else Path(path)
         if not source.is_file():
             raise ValueError(f"Prompt templates {source} do not exist; check the setting prompt_templates.")
         try:

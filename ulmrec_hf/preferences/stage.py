@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from ..files import atomic_path
 from ..stages import run_stage, stage_fingerprint
-from ..texts import UserTexts, read_user_texts
+from ..tables import LeaveOneOut, UserTexts
 from .arguments import PreferenceArguments
 from .key_phrases import NO_PREFERENCE, KeyPhraseExtractor, PreferenceExtractor
 
@@ -55,9 +55,9 @@ def extract_preferences(
         raise ValueError(f"extractor is {args.extractor!r}; it must be one of {', '.join(EXTRACTORS)}.")
 
     def build(folder: Path) -> None:
-        train = read_user_texts(data_folder)
+        train = LeaveOneOut.load(data_folder).texts()
         extractor = EXTRACTORS[args.extractor](args).fit([train.texts[text] for text in train.text_ids if text >= 0])
-        shown = train if args.evidence == "train" else read_user_texts(data_folder, train.kind, train_only=False)
+        shown = train if args.evidence == "train" else LeaveOneOut.load(data_folder).texts(train.kind, train_only=False)
         _write(folder / "preferences.parquet", args, extractor, train, shown)
 
     inputs = {"data": stage_fingerprint(data_folder)}

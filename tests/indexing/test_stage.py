@@ -9,9 +9,9 @@ from tests.data_stage import TASTES, write_data_stage
 from tests.indexing.test_encoder import make_bert
 from ulmrec_hf.indexing import encoder as encoders
 from ulmrec_hf.indexing.arguments import IndexArguments
-from ulmrec_hf.indexing.build import _save_encoder, index_users
 from ulmrec_hf.indexing.indexer import UserIndexer
-from ulmrec_hf.texts import read_user_texts
+from ulmrec_hf.indexing.stage import _save_encoder, index_users
+from ulmrec_hf.tables import LeaveOneOut
 from ulmrec_hf.user_index import UserIndex
 
 SMALL = {"codebook_size": 8, "levels": 3, "code_dim": 6, "embedding_dim": 16, "steps": 20, "autoencoder_steps": 10}
@@ -172,7 +172,9 @@ def test_a_model_out_of_reach_costs_no_embeddings(tmp_path, monkeypatch):
     shards = sorted((tmp_path / "index.partial").rglob("embeddings-*"))
     (tmp_path / "bert").rename(tmp_path / "away")
     with pytest.raises(ValueError, match="bert"):
-        _save_encoder(args, {"reviews": read_user_texts(tmp_path / "data")}, tmp_path / "index.partial" / "embeddings")
+        _save_encoder(
+            args, {"reviews": LeaveOneOut.load(tmp_path / "data").texts()}, tmp_path / "index.partial" / "embeddings"
+        )
     assert shards and sorted((tmp_path / "index.partial").rglob("embeddings-*")) == shards
     (tmp_path / "away").rename(tmp_path / "bert")
     monkeypatch.setattr(encoders.PretrainedEncoder, "encode", lambda *_: 1 / 0)

@@ -5,7 +5,7 @@ import unicodedata
 import pytest
 import yaml
 
-from ulmrec_hf.data.prompts import (
+from ulmrec_hf.prompts import (
     LETTERS,
     TASKS,
     USER_TOKENS,

@@ -11,7 +11,7 @@ import pytest
 
 from ulmrec_hf.data import prepare
 from ulmrec_hf.data.arguments import DataArguments
-from ulmrec_hf.data.prepare import k_core, load_items, load_sequences, prepare_data
+from ulmrec_hf.data.stage import k_core, load_items, load_sequences, prepare_data
 
 FILES = ("interactions.parquet", "items.parquet", "sequences.parquet", "summary.json", "stage.json")
 

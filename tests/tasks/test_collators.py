@@ -6,7 +6,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ulmrec_hf.data.collators import ULMRecCollator, tokenize_rows
+from ulmrec_hf.tasks.collators import ULMRecCollator, tokenize_rows
 from ulmrec_hf.tokenization_user import UserTokenizer
 
 ROWS = [

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import yaml
 
 from ..files import hash_file, hash_value
-from .prompts import (
+from ..prompts import (
     LETTERS,
     NONE,
     RANKING_TASKS,

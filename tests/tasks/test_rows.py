@@ -13,9 +13,9 @@ from datasets import load_dataset
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from ulmrec_hf.data.collators import ULMRecCollator
-from ulmrec_hf.data.prompts import TASKS, USER_TOKENS
-from ulmrec_hf.data.tasks import (
+from ulmrec_hf.prompts import TASKS, USER_TOKENS
+from ulmrec_hf.tasks.collators import ULMRecCollator
+from ulmrec_hf.tasks.rows import (
     CONFIGS,
     FEATURES,
     TaskArguments,

@@ -3,9 +3,9 @@ import pytest
 
 from tests.data_stage import TASTES, write_data_stage
 from ulmrec_hf.preferences.arguments import PreferenceArguments
-from ulmrec_hf.preferences.build import SCHEMA, extract_preferences
 from ulmrec_hf.preferences.key_phrases import KeyPhraseExtractor
-from ulmrec_hf.texts import read_user_texts
+from ulmrec_hf.preferences.stage import SCHEMA, extract_preferences
+from ulmrec_hf.tables import LeaveOneOut
 
 USERS = 12
 
@@ -38,7 +38,7 @@ def test_a_row_for_every_position(tmp_path):
 
 def test_a_row_is_made_from_what_came_before(tmp_path):
     rows = {(row["user"], row["position"]): row["preference"] for row in run(tmp_path).to_pylist()}
-    users = read_user_texts(tmp_path / "data")
+    users = LeaveOneOut.load(tmp_path / "data").texts()
     extractor = KeyPhraseExtractor().fit([users.texts[text] for text in users.text_ids])
     for (user, position), preference in rows.items():
         before = [users.texts[text] for text in users.of_user(user)[:position]]
@@ -64,9 +64,9 @@ def test_all_evidence_is_named_so_and_one_text(tmp_path):
     write_data_stage(tmp_path / "data", USERS)  # titles and reviews of the test target are shown to the extractor
     rows = run(tmp_path, evidence="all").to_pylist()
     assert {row["evidence"] for row in rows} == {"all"}
-    users = read_user_texts(tmp_path / "data")
+    users = LeaveOneOut.load(tmp_path / "data").texts()
     extractor = KeyPhraseExtractor().fit([users.texts[text] for text in users.text_ids])
-    everything = read_user_texts(tmp_path / "data", train_only=False)
+    everything = LeaveOneOut.load(tmp_path / "data").texts(train_only=False)
     for row in rows:
         said = [everything.texts[text] for text in everything.of_user(row["user"])]
         assert extractor.extract([said]) == [row["preference"]]

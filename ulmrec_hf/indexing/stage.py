@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..files import atomic_folder, hash_file, hash_value
 from ..stages import begin_stage, partial_folder, run_stage, stage_fingerprint, stage_is_current
-from ..texts import UserTexts, read_user_texts
+from ..tables import LeaveOneOut, UserTexts
 from ..user_index import UserIndex
 from .arguments import IndexArguments
 
@@ -245,7 +245,7 @@ def _build(args: IndexArguments, data_folder: str | os.PathLike, folder: Path) -
     indexer.save_pretrained(folder / "indexer")
     quality = index_quality(
         index,
-        next(iter(texts.values())) if texts else read_user_texts(data_folder, "titles"),
+        next(iter(texts.values())) if texts else LeaveOneOut.load(data_folder).texts("titles"),
         latents,
         data_folder,
         collisions_before=count_collisions(nearest),
