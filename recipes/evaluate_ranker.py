@@ -6,6 +6,7 @@ accelerate launch recipes/evaluate_ranker.py --model output/quickstart/model --t
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 from trl import TrlParser
 
 from ulmrec_hf.cli import run_script
@@ -39,24 +40,17 @@ def main(argv: list[str] | None = None) -> None:
 
     from datasets import load_dataset
 
-    from ulmrec_hf.metrics import MISS, random_order_metrics, ranks_from_scores
-    from ulmrec_hf.modeling import load_published
-    from ulmrec_hf.report import Report
+    from ulmrec_hf.publishing import load_published
+    from ulmrec_hf.results import write_ranker_report
     from ulmrec_hf.trainer import ULMRecTrainer
-    from ulmrec_hf.verbalizer import LetterVerbalizer
 
     rows = load_dataset(args.tasks, "next_item", split=args.split)
-    counts = [len(candidates) for candidates in rows["candidates"]]
     model, tokenizer = load_published(args.model, args.base)
-    verbalizer = LetterVerbalizer(tokenizer, rows[0]["prompt"], max(counts))
-    trainer = ULMRecTrainer(model, training, processing_class=tokenizer, verbalizer=verbalizer)
-    scores = trainer.rank(rows)
+    scores = ULMRecTrainer(model, training, processing_class=tokenizer).rank(rows)
     if training.process_index == 0:
+        counts = np.array([len(candidates) for candidates in rows["candidates"]])
         labels = rows.with_format("numpy")["label"][:]
-        report = Report({args.split: labels != MISS}, max(counts))
-        report.add("random", args.split, random_order_metrics(counts, labels), order="random")
-        report.add("ulmrec", args.split, ranks_from_scores(scores, labels), order="given")
-        print(report.summary(report.write(training.output_dir), args.split))
+        print(write_ranker_report(Path(training.output_dir), args.split, scores, labels, counts))
         print(f"\nReport: {training.output_dir}")
 
 

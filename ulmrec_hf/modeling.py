@@ -1,35 +1,26 @@
-"""The language model: loading a base, giving it user tokens and an adapter, and publishing what was tuned.
+"""The language model: loading a base, giving it user tokens and an adapter.
 
 A base is extended by the user tokens once. Where it may be saved, the extended base lies beside the adapter; a base
 that stays on the hub is extended in memory, and the adapter carries its user tokens' rows. Either way an adapter holds
 rows of the embedding matrices, never whole matrices.
 """
 
-import json
 import os
-import shutil
-from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import dataclass
+from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-
-from .files import write_json
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from trl import ModelConfig
 
     from .tokenization_user import UserTokenizer
+    from .user_index import UserIndex
 
-ADAPTER, BASE, MERGED = "adapter", "base", "merged"
-RANKER_FILE, USER_INDEX_FILE, ITEMS_FILE, TEMPLATES_FILE = (
-    "ranker.json",
-    "user_index.parquet",
-    "items.parquet",
-    "templates.yaml",
-)
+EMBEDDED_BASE = "embedded"  # the small Llama that comes with the package
 
 
 def base_is_saved(name_or_path: str, base_may_be_saved: bool | None = None) -> bool:
@@ -59,13 +50,65 @@ def extend_base(
     Raises:
         ValueError: there is no such model.
     """
-    model = _load(name_or_path, dtype=dtype, revision=revision)
+    model = load_causal_lm(name_or_path, dtype=dtype, revision=revision)
     extend_vocabulary(model, tokenizer, name_or_path, seed, revision=revision)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
+@dataclass(frozen=True)
+class BaseSource:
+    """Where the base of a model came from, which saving it needs; `load_base` puts it on the model as `base_source`.
+
+    Attributes:
+        path: hub id or folder.
+        extended: the folder was written by `extend_base`.
+        revision: branch, tag or commit of a hub id.
+        seed: of the rows of new tokens.
+    """
+
+    path: str
+    extended: bool = False
+    revision: str | None = None
+    seed: int = 0
+
+
+def resolve_base(name_or_path: str) -> str:
+    """A base's hub id or folder; `embedded` stands for the small Llama that comes with the package."""
+    if name_or_path == EMBEDDED_BASE:
+        return str(resources.files("ulmrec_hf") / "models" / "tiny_llama")
+    return name_or_path
+
+
 def load_base(
+    name_or_path: str, users: "UserIndex | None" = None, *, seed: int = 0, **settings: Any
+) -> "tuple[PeftModel | PreTrainedModel, UserTokenizer]":
+    """A base that knows the user tokens, with an adapter to tune, and its tokenizer.
+
+    Args:
+        name_or_path: hub id or folder of a causal language model, or "embedded" for the package's small one.
+        users: the index whose tokens it is to know; None, or an index without tokens, adds none.
+        seed: of the new rows and of the adapter.
+        settings: fields of `trl.ModelConfig` (lora_r, lora_target_modules, dtype, load_in_4bit, ...); an adapter is
+            added unless `use_peft=False`.
+
+    Raises:
+        ValueError: there is no such model, or it cannot take the user tokens.
+    """
+    from trl import ModelConfig
+
+    base = resolve_base(name_or_path)
+    config = ModelConfig(**{"model_name_or_path": base, "use_peft": True, **settings})
+    revision = None if os.path.isdir(base) else config.model_revision
+    # an index in plain text has no tokens; unused rows would cost memory and, where they are outputs, probability
+    levels = users.levels if users is not None and users.kind == "codes" else 0
+    tokenizer = load_user_tokenizer(base, levels, users.codebook_size if levels else 1, revision)
+    model = add_adapter(load_model(base, config, tokenizer, seed=seed), config, tokenizer, seed=seed)
+    model.base_source = BaseSource(base, revision=revision, seed=seed)
+    return model, tokenizer
+
+
+def load_model(
     name_or_path: str, model_config: "ModelConfig", tokenizer: "UserTokenizer", *, seed: int = 0
 ) -> PreTrainedModel:
     """Loads the model to tune, as `trl.ModelConfig` says, with a row for each user token.
@@ -93,7 +136,7 @@ def load_base(
         if not model_config.use_peft:
             raise ValueError("load_in_4bit and load_in_8bit tune an adapter only: set use_peft to true.")
         arguments.update(quantization_config=quantization, device_map={"": PartialState().device})
-    model = _load(name_or_path, **arguments)
+    model = load_causal_lm(name_or_path, **arguments)
     if extend_vocabulary(model, tokenizer, name_or_path, seed, revision=revision):
         model.name_or_path = ""
     return model
@@ -170,72 +213,6 @@ def add_adapter(
         return get_peft_model(model, config)
 
 
-def publish_model(
-    model: "PeftModel | PreTrainedModel",
-    tokenizer: "UserTokenizer",
-    folder: str | os.PathLike,
-    *,
-    base: str | os.PathLike,
-    base_saved: bool,
-    settings: Mapping[str, Any],
-    merged: bool = False,
-    revision: str | None = None,
-    user_index: str | os.PathLike | None = None,
-    items: str | os.PathLike | None = None,
-    templates: str | os.PathLike | None = None,
-    state_dict: Mapping[str, torch.Tensor] | None = None,
-    seed: int = 0,
-) -> None:
-    """Writes what a user loads: `adapter/`, `base/`, `merged/` as far as they apply, and what UserRanker reads.
-
-    No absolute path is written: the folder may be moved. After full tuning there is no adapter; `merged/` is the model.
-
-    Args:
-        model: the tuned model (a PeftModel, or after full tuning a plain model), not wrapped for distributed training.
-        tokenizer: saved with each of the models.
-        folder: where all of it goes.
-        base: what `load_base` was given: an extended base's folder, a hub id, or a folder that is not to be saved.
-        base_saved: `base` is an extended base that is published; it is copied to `folder/base` unless it lies there.
-            Otherwise the adapter names the hub id, or for a folder the word `base`: put the base there to load it.
-        settings: written to ranker.json; see `ulmrec_hf.ranker.RankerSettings`.
-        merged: write `merged/` too, the adapter merged into the base in the dtype it was tuned in (quantised bases are
-            merged unquantised, since merging into 4 bits rounds anew).
-        revision: branch, tag or commit of a hub id.
-        user_index, items, templates: files to copy in. User ids are personal data: without `user_index` no user map
-            is written.
-        state_dict: the gathered weights, where the training was sharded.
-        seed: of the rows of a base that is extended in memory, as given to `load_base`.
-    """
-    folder, base = Path(folder), os.fspath(base)
-    folder.mkdir(parents=True, exist_ok=True)
-    adapted = hasattr(model, "peft_config")
-    on_hub = not os.path.isdir(base)
-    dtype = _dtype(model)
-    if adapted:
-        if base_saved and Path(base).resolve() != (folder / BASE).resolve():
-            shutil.copytree(base, folder / BASE, dirs_exist_ok=True)
-        name = base if on_hub and not base_saved else BASE
-        _save_adapter(model, tokenizer, folder / ADAPTER, name, revision if name != BASE else None, state_dict)
-        if merged:
-            _save_merged(folder / ADAPTER, base, tokenizer, folder / MERGED, dtype, seed, revision if on_hub else None)
-    else:
-        model.save_pretrained(folder / MERGED, state_dict=state_dict)
-        tokenizer.save_pretrained(folder / MERGED)
-    files = {USER_INDEX_FILE: user_index, ITEMS_FILE: items, TEMPLATES_FILE: templates}
-    for target, source in files.items():
-        if source is not None and Path(source).resolve() != (folder / target).resolve():
-            shutil.copyfile(source, folder / target)
-    write_json(
-        folder / RANKER_FILE,
-        {
-            "base": name if adapted else None,
-            "revision": revision if adapted and name != BASE else None,
-            "dtype": str(dtype).removeprefix("torch."),
-            **settings,
-        },
-    )
-
-
 def load_user_tokenizer(
     name_or_path: str, levels: int, codebook_size: int, revision: str | None = None
 ) -> "UserTokenizer":
@@ -250,54 +227,6 @@ def load_user_tokenizer(
     return UserTokenizer.from_base(base, levels, codebook_size)
 
 
-def load_published(
-    folder: str | os.PathLike, base: str | os.PathLike | None = None, **model_kwargs: Any
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads what `publish_model` wrote, in the dtype it was tuned in, for inference.
-
-    Args:
-        folder: the published folder.
-        base: hub id or folder of the base to put the adapter on, instead of the one it names; `merged/` is used where
-            it exists and no base is given.
-        model_kwargs: handed to `AutoModelForCausalLM.from_pretrained` (dtype, device_map, quantization_config).
-
-    Raises:
-        ValueError: the folder is no published model, or its base is not there.
-    """
-    folder = Path(folder)
-    record = read_ranker_file(folder)
-    model_kwargs = {"dtype": record["dtype"], **model_kwargs}
-    if base is None and (folder / MERGED).is_dir():
-        tokenizer = AutoTokenizer.from_pretrained(folder / MERGED)
-        return _load(os.fspath(folder / MERGED), **model_kwargs).eval(), tokenizer
-    if not (folder / ADAPTER).is_dir():
-        raise ValueError(f"{folder} holds neither {ADAPTER}/ nor {MERGED}/, so it is no published model.")
-    from peft import PeftModel
-
-    if base is None:
-        base = folder / BASE if record["base"] == BASE else record["base"]
-        if record["base"] == BASE and not base.is_dir():
-            raise ValueError(
-                f"{base} does not exist: this adapter's base was not to be saved. Put the base model there, "
-                "or name it with base=."
-            )
-        if record["revision"]:
-            model_kwargs.setdefault("revision", record["revision"])
-    tokenizer = AutoTokenizer.from_pretrained(folder / ADAPTER)
-    model = _load(os.fspath(base), **model_kwargs)
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)  # the adapter brings the rows
-    return PeftModel.from_pretrained(model, folder / ADAPTER).eval(), tokenizer
-
-
-def read_ranker_file(folder: str | os.PathLike) -> dict[str, Any]:
-    """The content of ranker.json; ValueError where there is none."""
-    path = Path(folder) / RANKER_FILE
-    if not path.is_file():
-        raise ValueError(f"{folder} is not a published model: {RANKER_FILE} is missing there.")
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def _embeddings(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
     """The matrices with a row for each token, by the last part of their name: the input's and, untied, the output's."""
     modules = [model.get_input_embeddings()]
@@ -307,14 +236,8 @@ def _embeddings(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
     return {name.rpartition(".")[2]: module for name, module in model.named_modules() if module in modules}
 
 
-def _dtype(model: torch.nn.Module) -> torch.dtype:
-    # Not the parameters' own: quantised ones are integers, and preparing for them widens the others.
-    config = model.config
-    quantization = getattr(config, "quantization_config", None)
-    return getattr(quantization, "bnb_4bit_compute_dtype", None) or getattr(config, "dtype", None) or torch.float32
-
-
-def _load(name_or_path: str, **arguments: Any) -> PreTrainedModel:
+def load_causal_lm(name_or_path: str, **arguments: Any) -> PreTrainedModel:
+    """`AutoModelForCausalLM.from_pretrained`; ValueError, naming the setting, where there is no such model."""
     return _from_pretrained(AutoModelForCausalLM, name_or_path, "model", **arguments)
 
 
@@ -327,41 +250,3 @@ def _from_pretrained(auto_class: type, name_or_path: str, kind: str, **arguments
             f"The {kind} of the base {name_or_path!r} could not be loaded; check the setting model_name_or_path "
             f"(a hub id or a folder with a causal language model and its tokenizer). {error}"
         ) from error
-
-
-def _save_adapter(
-    model: "PeftModel",
-    tokenizer: "UserTokenizer",
-    folder: Path,
-    base: str,
-    revision: str | None,
-    state_dict: Mapping[str, torch.Tensor] | None,
-) -> None:
-    model.save_pretrained(folder, save_embedding_layers=False, state_dict=state_dict)
-    (folder / "README.md").unlink(missing_ok=True)  # peft's card names the base by its path on this machine
-    tokenizer.save_pretrained(folder)
-    path = folder / "adapter_config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config.update(base_model_name_or_path=base, revision=revision)
-    if isinstance(config["target_modules"], list):
-        config["target_modules"].sort()  # written from a set, whose order changes with every process
-    write_json(path, config)
-
-
-def _save_merged(
-    adapter: Path,
-    base: str,
-    tokenizer: "UserTokenizer",
-    folder: Path,
-    dtype: torch.dtype,
-    seed: int,
-    revision: str | None,
-) -> None:
-    """Merges into a fresh, unquantised copy of the base, so that the tuned model stays as it is."""
-    from peft import PeftModel
-
-    model = _load(base, dtype=dtype, revision=revision)
-    extend_vocabulary(model, tokenizer, base, seed, revision=revision)
-    model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)

@@ -4,16 +4,17 @@ import copy
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from transformers import Pipeline, PreTrainedModel, PreTrainedTokenizerBase
 
-from .modeling import ITEMS_FILE, TEMPLATES_FILE, USER_INDEX_FILE, load_published, read_ranker_file
+from .files import write_table
 from .prompts import (
     LETTERS,
     PromptTemplates,
@@ -24,8 +25,21 @@ from .prompts import (
     reserved_tokens,
     spell_user,
 )
+from .publishing import (
+    ITEMS_FILE,
+    TEMPLATES_FILE,
+    USER_INDEX_FILE,
+    Published,
+    load_published,
+    publish_model,
+    read_ranker_file,
+)
 from .user_index import UserIndex
 from .verbalizer import LetterVerbalizer
+
+if TYPE_CHECKING:
+    from .tasks.arguments import TaskArguments
+    from .tasks.dataset import AlignmentTasks
 
 logger = logging.getLogger(__name__)
 TASK = "next_item"
@@ -46,6 +60,11 @@ class RankerSettings:
     max_history: int = 20
     max_title_tokens: int = 32
     max_length: int = 1024
+
+    @classmethod
+    def of(cls, tasks: "TaskArguments") -> Self:
+        """Those of the tasks that a model is tuned on."""
+        return cls(**{field.name: getattr(tasks, field.name) for field in fields(cls)})
 
 
 class UserRanker:
@@ -80,12 +99,44 @@ class UserRanker:
         self.user_index = user_index
         self.titles = titles or {}
         self._item_ids = {title: item_id for item_id, title in reversed(self.titles.items())}
-        self._templates = templates or PromptTemplates.from_yaml()
+        self.templates = templates or PromptTemplates.from_yaml()
         self._reserved = reserved_tokens(tokenizer)
         if user_index is not None:
             check_spellings(user_index, tokenizer, self._reserved)
         self._verbalizer = LetterVerbalizer(tokenizer, self._render("", [], []), self.settings.num_candidates)
-        self._told_unknown = False
+        self._warned_of_unknown = False
+
+    @classmethod
+    def from_tasks(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: "AlignmentTasks") -> Self:
+        """A ranker with the prompts of the tasks that the model was tuned on, their users and their catalogue."""
+        titles = dict(zip(tasks.data.item_ids, tasks.data.titles, strict=True))
+        return cls(
+            model,
+            tokenizer,
+            RankerSettings.of(tasks.args),
+            templates=tasks.templates,
+            user_index=tasks.users,
+            titles=titles,
+        )
+
+    def save_pretrained(self, folder: str | os.PathLike, *, user_map: bool = True, merged: bool = False) -> None:
+        """Writes what `from_pretrained` reads, see `ulmrec_hf.publishing.publish_model`.
+
+        Args:
+            folder: is made where it is missing; other files in it are left alone.
+            user_map: write the users' indices with their ids, which are personal data.
+            merged: also write the adapter merged into its base.
+        """
+        folder = Path(folder)
+        published = Published(self.model.base_source, asdict(self.settings), merged=merged)
+        publish_model(self.model, self.tokenizer, folder, published)
+        self.templates.to_yaml(folder / TEMPLATES_FILE)
+        items = {"item_id": pa.array(self.titles, pa.string()), "title": pa.array(self.titles.values(), pa.string())}
+        write_table(
+            folder / ITEMS_FILE, pa.table({"item": pa.array(range(1, len(self.titles) + 1), pa.int32())} | items)
+        )
+        if user_map and self.user_index is not None:
+            self.user_index.to_parquet(folder / USER_INDEX_FILE)
 
     @classmethod
     def from_pretrained(
@@ -174,8 +225,15 @@ class UserRanker:
             rows.append({"title": title, "item_id": item_id, "score": float(scores[place])})
         return rows
 
-    def prompt(self, user_id: str, history: Sequence[str], candidates: Sequence[str]) -> str:
-        """The prompt of the next-item task, the same as in tuning; see `rank` for the arguments and errors."""
+    def prompt(
+        self, user_id: str, history: Sequence[str], candidates: Sequence[str], *, index: UserIndex | None = None
+    ) -> str:
+        """The prompt of the next-item task, the same as in tuning.
+
+        Args:
+            user_id, history, candidates: see `rank`, also for the errors.
+            index: where this user's index is, instead of the ranker's own map: that of somebody new.
+        """
         self._check_candidates(len(candidates))
         for name, value in (("history", history), ("candidates", candidates)):
             wrong = [value] if isinstance(value, str) else [item for item in value if not isinstance(item, str)]
@@ -189,7 +247,7 @@ class UserRanker:
             self._reserved,
         )
         past, offered = titles[: len(newest)], titles[len(newest) :]
-        user = self._spell(user_id)
+        user = self._spell(user_id) if index is None else spell_user(index, user_id, self._reserved)
         for first in range(len(past) + 1):
             prompt = self._render(user, past[first:], offered)
             # a letter and the end token follow
@@ -237,7 +295,7 @@ class UserRanker:
         return self._verbalizer.scores(logits).cpu().numpy()
 
     def _render(self, user: str, history: Sequence[str], candidates: Sequence[str]) -> str:
-        prompt, _ = self._templates.render(
+        prompt, _ = self.templates.render(
             TASK,
             user=user,
             history=render_history(history),
@@ -253,11 +311,11 @@ class UserRanker:
             raise ValueError(f"user ids are strings, {str(user_id)!r} say; got {user_id!r}.")
         if user_id in self.user_index:
             return spell_user(self.user_index, user_id, self._reserved)
-        if not self._told_unknown:
+        if not self._warned_of_unknown:
             logger.warning(
                 "User %r has no user index and is ranked by history alone; later such users are not named.", user_id
             )
-            self._told_unknown = True
+            self._warned_of_unknown = True
         return ""
 
     def _check_candidates(self, count: int) -> None:

@@ -244,12 +244,12 @@ class LeaveOneOut:
     @cached_property
     def item_ids(self) -> list[str]:
         """Raw ids of the items 1..n, in that order."""
-        return self._catalogue["item_id"].to_pylist()
+        return self.catalogue["item_id"].to_pylist()
 
     @cached_property
     def titles(self) -> list[str]:
         """Titles of the items 1..n, in that order."""
-        return self._catalogue["title"].to_pylist()
+        return self.catalogue["title"].to_pylist()
 
     @cached_property
     def ratings(self) -> np.ndarray:
@@ -294,7 +294,7 @@ class LeaveOneOut:
                     )
                 reviews = None
         if reviews is None:
-            titles = self._catalogue["title"].take(pa.array(sequences.items[chosen] - 1)).combine_chunks()
+            titles = self.catalogue["title"].take(pa.array(sequences.items[chosen] - 1)).combine_chunks()
             reviews = pc.if_else(pc.equal(titles, ""), pa.scalar(None, pa.string()), titles)
             kind = "titles"
         encoded = reviews.dictionary_encode()
@@ -304,7 +304,8 @@ class LeaveOneOut:
         return UserTexts(self.user_ids, offsets, text_ids, encoded.dictionary.to_pylist(), kind)
 
     @cached_property
-    def _catalogue(self) -> pa.Table:
+    def catalogue(self) -> pa.Table:
+        """item int32 from 1, item_id, title."""
         table = self._columns("items", ["item", "item_id", "title"])
         self._check_order("items", table["item"], 1)
         return table

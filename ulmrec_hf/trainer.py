@@ -8,14 +8,17 @@ import numpy as np
 import torch
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
-from .metrics import MISS, RankingMetrics
+from .metrics import RankingMetrics
+from .protocol import MISS
+from .ranker import UserRanker
 from .tasks.collators import ULMRecCollator, tokenize_rows
+from .verbalizer import LetterVerbalizer
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from .verbalizer import LetterVerbalizer
+    from .tasks.dataset import AlignmentTasks
 
 
 @dataclass
@@ -88,7 +91,7 @@ class ULMRecTrainer(Trainer):
         train_dataset: rows with prompt and completion (the config `mixture`), or None.
         eval_dataset: rows with prompt, label and candidates (the config `next_item`), or None.
         processing_class: the tokenizer.
-        verbalizer: which token each letter is.
+        verbalizer: which token each letter is; by default read off the first row that is evaluated.
         kwargs: handed on to Trainer.
     """
 
@@ -100,7 +103,7 @@ class ULMRecTrainer(Trainer):
         train_dataset: "Dataset | None" = None,
         eval_dataset: "Dataset | None" = None,
         processing_class: "PreTrainedTokenizerBase",
-        verbalizer: "LetterVerbalizer",
+        verbalizer: LetterVerbalizer | None = None,
         **kwargs: Any,
     ):
         self.verbalizer = verbalizer
@@ -109,7 +112,7 @@ class ULMRecTrainer(Trainer):
             if train_dataset is not None:
                 train_dataset = tokenize_rows(train_dataset, processing_class)
             if eval_dataset is not None:
-                eval_dataset = tokenize_rows(eval_dataset, processing_class, evaluation=True).sort("length")
+                eval_dataset = self._evaluation_rows(eval_dataset, processing_class).sort("length")
         super().__init__(
             model,
             args,
@@ -119,6 +122,23 @@ class ULMRecTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
+
+    def _evaluation_rows(self, dataset: "Dataset", tokenizer: "PreTrainedTokenizerBase") -> "Dataset":
+        """The rows tokenised, after they have given the verbalizer where there is none yet."""
+        if self.verbalizer is None:
+            most = max(map(len, dataset["candidates"]))
+            self.verbalizer = LetterVerbalizer(tokenizer, dataset[0]["prompt"], most)
+        return tokenize_rows(dataset, tokenizer, evaluation=True)
+
+    def evaluate(self, eval_dataset: "Dataset | None" = None, **kwargs: Any) -> dict[str, float]:
+        """The ranking metrics of rows with prompt, label and candidates; by default of the trainer's `eval_dataset`."""
+        if eval_dataset is not None and "prompt" in eval_dataset.column_names:
+            eval_dataset = self._evaluation_rows(eval_dataset, self.processing_class).sort("length")
+        return super().evaluate(eval_dataset, **kwargs)
+
+    def ranker(self, tasks: "AlignmentTasks") -> UserRanker:
+        """The tuned model as a `UserRanker` that asks as `tasks` did."""
+        return UserRanker.from_tasks(self.accelerator.unwrap_model(self.model), self.processing_class, tasks)
 
     def rank(self, dataset: "Dataset") -> np.ndarray:
         """Scores every row's candidates.
@@ -130,7 +150,7 @@ class ULMRecTrainer(Trainer):
             float32 [rows, most candidates of a row], in the dataset's order; -inf past a row's own candidates. With
             several processes each gets all rows.
         """
-        tokenized = tokenize_rows(dataset, self.processing_class, evaluation=True)
+        tokenized = self._evaluation_rows(dataset, self.processing_class)
         order = np.argsort(tokenized["length"], kind="stable")
         scores = np.empty((len(order), len(self.verbalizer.ids)), np.float32)
         scores[order] = self.predict(tokenized.select(order), metric_key_prefix="rank").predictions

@@ -1,0 +1,171 @@
+"""Reports of a run, a retriever or a tuned model, all assembled in one place from what the stages left."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import ArrayLike
+
+from .metrics import KS, random_order_metrics, ranks_from_scores, top_k_ranks
+from .protocol import MISS, SPLITS
+from .report import Report, plot_code_use, plot_training
+from .retrieval.stage import protocol_notes
+from .stages import run_stage, stage_fingerprint
+from .systems import COMPARED, RANKER
+from .tables import read_table
+from .user_index import UserIndex
+
+if TYPE_CHECKING:
+    from .retrieval.arguments import RetrieverArguments
+    from .tasks.arguments import TaskArguments
+
+EVALUATED = SPLITS[1:]
+LEAVE_ONE_OUT = "Leave-one-out: the last item of each user is the test target, the one before it the validation target."
+# system, split, ranks or metrics of every user, the order in which it saw the candidates
+Entry = tuple[str, str, ArrayLike | Mapping[str, ArrayLike], str]
+
+
+def write_run_report(
+    folder: Path, models: Sequence[Path], *, tasks: "TaskArguments", notes: Sequence[str], name: str = "report"
+) -> str:
+    """Writes the stage `report/` of the main job; returns a table for the terminal.
+
+    Args:
+        folder: the run's output folder.
+        models: the stages of the tuned systems, that of the ranker first.
+        tasks: how the rows were made.
+        notes: sentences about the protocol.
+        name: of the stage's folder.
+    """
+    predictions = pa.concat_tables(read_table(model / "predictions.parquet") for model in models)
+    k, own = tasks.num_candidates, predictions.filter(pc.field("system") == RANKER.name)
+    labels = {split: _of(own, split=split)["label"].to_numpy() for split in EVALUATED}
+    entries: list[Entry] = []
+    candidates = read_table(folder / "retriever" / "candidates.parquet", ["split", "user", "target_rank"])
+    for split in EVALUATED:
+        counts = pc.list_value_length(_of(own, split=split)["scores"]).to_numpy()
+        entries.append(("random", split, random_order_metrics(counts, labels[split]), "random"))
+        entries += _own_order(folder / "retriever", split, k)
+        ranks = _of(candidates, split=split).sort_by("user")["target_rank"]
+        entries.append(("retriever", split, top_k_ranks(ranks, k), "retriever"))
+        for system in pc.unique(predictions["system"]).to_pylist():
+            rows = _of(predictions, split=split, system=system)
+            entries.append((system, split, _ranks(rows["scores"].to_pylist(), labels[split]), tasks.evaluation_order))
+    report = assemble_report({split: labels[split] != MISS for split in EVALUATED}, k, entries, notes)
+
+    def plot(partial: Path) -> None:
+        runs = [json.loads((model / "training.json").read_text(encoding="utf-8")) for model in models]
+        plot_training(partial / "training.png", {run["system"]: run["history"] for run in runs})
+        index = UserIndex.from_parquet(folder / "index" / "user_index.parquet")
+        plot_code_use(partial / "code_use.png", index.codes, index.codebook_size)
+
+    stages = [folder / "retriever", folder / "index", folder / "data" / "tasks", *models]
+    inputs = {stage.relative_to(folder).as_posix(): stage_fingerprint(stage) for stage in stages}
+    pairs = [pair for pair in COMPARED if set(pair) <= report.systems]
+    return _write_stage(report, folder / name, {"notes": notes}, inputs, pairs, plot)
+
+
+def write_retriever_report(
+    stage: Path, folder: Path, args: "RetrieverArguments", ks: Sequence[int] = (5, 10, 20)
+) -> str:
+    """Writes the stage `folder`, the report of a retrieval stage; returns a table for the terminal."""
+    entries = [entry for split in EVALUATED for entry in _own_order(stage, split, args.num_candidates)]
+    found = {split: np.isfinite(ranks) for system, split, ranks, _ in entries if system == args.retriever}
+    ks = [k for k in ks if k <= args.num_candidates] or [args.num_candidates]
+    own = "Each system is scored on its own top k of the whole catalogue without the user's history."
+    report = assemble_report(found, args.num_candidates, entries, [LEAVE_ONE_OUT, own, *protocol_notes(args)], ks=ks)
+    others = dict.fromkeys(system for system, *_ in entries if system != args.retriever)
+    pairs = [(args.retriever, system) for system in others]
+    # a stage, so that the main job in the same folder knows that this report is not its own
+    return _write_stage(report, folder, {"systems": [*others]}, {"retriever": stage_fingerprint(stage)}, pairs)
+
+
+def write_ranker_report(folder: Path, split: str, scores: np.ndarray, labels: np.ndarray, counts: np.ndarray) -> str:
+    """Writes metrics of one model's scores into `folder`; returns a table for the terminal.
+
+    Args:
+        folder: where to write.
+        split: the split that was scored.
+        scores: float32 [users, candidates], -inf past a user's own candidates.
+        labels: int [users], the target's place, -1 = a miss.
+        counts: int [users], how many candidates each has.
+    """
+    entries = [("random", split, random_order_metrics(counts, labels), "random")]
+    entries.append((RANKER.name, split, ranks_from_scores(scores, labels), "given"))
+    report = assemble_report({split: labels != MISS}, int(max(counts)), entries)
+    return report.summary(report.write(folder), split)
+
+
+def assemble_report(
+    found: Mapping[str, ArrayLike],
+    num_candidates: int,
+    entries: Iterable[Entry],
+    notes: Sequence[str] = (),
+    ks: Sequence[int] = KS,
+) -> Report:
+    """A report of these systems; see `Report` for the arguments, `found` being its `in_candidates`."""
+    report = Report(found, num_candidates, notes=notes, ks=ks)
+    for system, split, ranks, order in entries:
+        report.add(system, split, ranks, order=order)
+    return report
+
+
+def run_notes(retriever: "RetrieverArguments", tasks: "TaskArguments", *, evidence: str, index_kind: str) -> list[str]:
+    """What the report of a run must say of its protocol."""
+    return [
+        LEAVE_ONE_OUT,
+        f"Evidence: {evidence}. "
+        + (
+            "What describes a user (index, preference, ratings shown) comes from the train part alone."
+            if evidence == "train"
+            else "Preferences come from all interactions, the test target's review included: these results leak."
+        ),
+        f"Candidates: the top {tasks.num_candidates} of {retriever.retriever}; a target that is not among them is a "
+        "miss for every system that ranks them. Retrievers are scored on their own top.",
+        f"Evaluation order of the candidates: {tasks.evaluation_order}. Equal scores share the mean of their places.",
+        "random: the exact expectation over all orders of the candidates.",
+        *([f"User index: {index_kind}, as plain text without user tokens."] if index_kind != "codes" else []),
+        *protocol_notes(retriever),
+    ]
+
+
+def _write_stage(
+    report: Report,
+    folder: Path,
+    settings: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    pairs: Sequence[tuple[str, str]],
+    plot: Callable[[Path], None] = lambda partial: None,
+) -> str:
+    def build(partial: Path) -> None:
+        report.write(partial, pairs)
+        plot(partial)
+
+    run_stage(folder, settings, inputs, build, overwrite=True)
+    return report.summary(json.loads((folder / "metrics.json").read_text(encoding="utf-8")))
+
+
+def _own_order(stage: Path, split: str, k: int) -> list[Entry]:
+    """Every retriever's own top k, from a retrieval stage."""
+    ranks = _of(read_table(stage / "ranks.parquet"), split=split)
+    systems = pc.unique(ranks["system"]).to_pylist()
+    by_user = ranks.sort_by("user")
+    return [(system, split, top_k_ranks(_of(by_user, system=system)["rank"], k), "own") for system in systems]
+
+
+def _of(table: pa.Table, **columns: Any) -> pa.Table:
+    """The rows that hold these values."""
+    for name, value in columns.items():
+        table = table.filter(pc.field(name) == value)
+    return table
+
+
+def _ranks(lists: Sequence[Sequence[float]], labels: np.ndarray) -> np.ndarray:
+    scores = np.full((len(lists), max(map(len, lists), default=0)), -np.inf, np.float32)
+    for row, values in zip(scores, lists, strict=True):
+        row[: len(values)] = values
+    return ranks_from_scores(scores, labels)

@@ -1,0 +1,113 @@
+"""All settings of a run of the main job."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from .stages import check_types
+from .systems import ABLATIONS, System
+
+if TYPE_CHECKING:
+    from trl import ModelConfig
+
+    from .data.arguments import DataArguments
+    from .indexing.arguments import IndexArguments
+    from .preferences.arguments import PreferenceArguments
+    from .retrieval.arguments import RetrieverArguments
+    from .tasks.arguments import TaskArguments
+    from .trainer import ULMRecTrainingArguments
+
+
+@dataclass
+class PipelineArguments:
+    """How the stages are put together.
+
+    Raises:
+        ValueError: a setting has a value that cannot be used; the message names the setting.
+    """
+
+    retriever_config: str | None = field(default=None, metadata={"help": "YAML of the retriever; default: LRURec."})
+    preference_config: str | None = field(
+        default=None, metadata={"help": "YAML of the preference extraction; default: key phrases."}
+    )
+    index_config: str | None = field(
+        default=None, metadata={"help": "YAML of the user indexing; default: its defaults."}
+    )
+    ablations: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "More systems for the report: "
+            + ", ".join(f"{name} ({system.help})" for name, system in ABLATIONS.items())
+            + "."
+        },
+    )
+    validation_users: int = field(
+        default=0, metadata={"help": "Users whose validation chooses the best model while tuning; 0 = all."}
+    )
+    save_merged: bool = field(
+        default=False, metadata={"help": "Also write model/merged, the adapter merged into its base."}
+    )
+    save_base: bool | None = field(
+        default=None,
+        metadata={"help": "Write model/base, the base with user tokens. Default: yes for a folder, no for a hub id."},
+    )
+    save_user_map: bool = field(
+        default=True,
+        metadata={
+            "help": "Put the users' ids with their indices and histories beside the model; ids are personal data."
+        },
+    )
+    fusion_ranker: float = field(
+        default=1.0, metadata={"help": "Weight of the ranker's log-probabilities in a recommendation's score."}
+    )
+    fusion_retriever: float = field(
+        default=0.0, metadata={"help": "Weight of the retriever's log-probabilities in a recommendation's score."}
+    )
+    prepare_only: bool = field(default=False, metadata={"help": "Stop before the tuning."})
+    overwrite: bool = field(
+        default=False, metadata={"help": "Run again what was made with other settings, instead of refusing."}
+    )
+
+    def __post_init__(self):
+        check_types(self)
+        unknown = sorted(set(self.ablations) - set(ABLATIONS))
+        if unknown:
+            raise ValueError(f"ablations holds {', '.join(unknown)}; known are {', '.join(ABLATIONS)}.")
+        if self.validation_users < 0:
+            raise ValueError(f"validation_users is {self.validation_users}; it must be 0 (all) or more.")
+
+    @property
+    def systems(self) -> list[System]:
+        """The systems of `ablations`, in the order in which they are registered."""
+        return [system for name, system in ABLATIONS.items() if name in self.ablations]
+
+
+class Settings(NamedTuple):
+    """All settings of a run."""
+
+    data: "DataArguments"
+    retriever: "RetrieverArguments"
+    preferences: "PreferenceArguments"
+    index: "IndexArguments"
+    tasks: "TaskArguments"
+    pipeline: PipelineArguments
+    model: "ModelConfig"
+    training: "ULMRecTrainingArguments"
+
+    @property
+    def folder(self) -> Path:
+        """The run's output folder."""
+        return Path(self.training.output_dir)
+
+    def check(self) -> None:
+        """Raises ValueError where settings of different stages do not fit together, before anything is run."""
+        if self.retriever.num_candidates < self.tasks.num_candidates:
+            raise ValueError(
+                f"num_candidates is {self.tasks.num_candidates}, but the retriever brings "
+                f"{self.retriever.num_candidates}: raise it in retriever_config."
+            )
+        if not self.model.model_name_or_path:
+            raise ValueError(
+                "model_name_or_path is not set: name a causal language model (hub id or folder), or 'embedded' for the "
+                "small one that comes with the package."
+            )

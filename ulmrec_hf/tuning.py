@@ -1,0 +1,249 @@
+"""Tuning one system of a run as a stage: from rendered tasks to a scored model, resumed after a kill."""
+
+import copy
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from .files import atomic_folder, write_json, write_table
+from .modeling import BaseSource, add_adapter, base_is_saved, extend_base, load_model, resolve_base
+from .protocol import SPLITS
+from .stages import Processes, run_stage, stage_fingerprint
+from .tables import PREDICTIONS
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel
+    from trl import ModelConfig
+
+    from .tokenization_user import UserTokenizer
+    from .trainer import ULMRecTrainer, ULMRecTrainingArguments
+
+# Settings that decide what a tuned model is; the others (logging, workers, devices) may differ when a run is resumed.
+TUNING_SETTINGS = (
+    "learning_rate",
+    "user_token_learning_rate",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "warmup_steps",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "optim",
+    "seed",
+    "data_seed",
+    "bf16",
+    "fp16",
+    "eval_strategy",
+    "eval_steps",
+    "load_best_model_at_end",
+    "metric_for_best_model",
+    "greater_is_better",
+    "train_sampling_strategy",
+    "label_smoothing_factor",
+    "neftune_noise_alpha",
+)
+EVALUATED = SPLITS[1:]
+# Later log entries (times, speed) are of no use to a reader and differ from run to run.
+_LOGGED = ("step", "epoch", "loss", "learning_rate", "grad_norm", "eval_loss")
+Publish = Callable[["PreTrainedModel", Path, BaseSource, Mapping[str, Any] | None], None]
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How every system of a run is tuned.
+
+    Attributes:
+        model: the base and its adapter.
+        training: the Trainer's arguments.
+        tokenizer: the base's, with the user tokens of the run.
+        num_candidates: letters that are scored.
+        save_base: write the base with its user tokens; by default where it is a folder.
+        validation_users: users whose validation chooses the best model; 0 = all.
+        seed: of the choice of these users.
+    """
+
+    model: "ModelConfig"
+    training: "ULMRecTrainingArguments"
+    tokenizer: "UserTokenizer"
+    num_candidates: int
+    save_base: bool | None = None
+    validation_users: int = 0
+    seed: int = 0
+
+    @property
+    def processes(self) -> Processes:
+        """The processes that tune together."""
+        from accelerate import PartialState
+
+        training = self.training
+        several = training.world_size > 1
+        return Processes(training.process_index == 0, PartialState().wait_for_everyone if several else lambda: None)
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the tuned model, for its stage."""
+        chosen = {name: getattr(self.training, name, None) for name in TUNING_SETTINGS}
+        chosen |= asdict(self.model) | {"save_base": self.save_base, "validation_users": self.validation_users}
+        # what counts is the rows of a step, however many processes share them
+        parts = (chosen.pop(name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps"))
+        return chosen | {"batch_size": self.training.world_size * math.prod(parts)}
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Rows that a tuned model is scored on: those of a system's tasks."""
+
+    system: str
+    tasks: Path
+
+
+def tune_system(
+    tuning: Tuning,
+    folder: Path,
+    scored: Sequence[Scored],
+    *,
+    base: Path,
+    settings: Mapping[str, Any] | None = None,
+    publish: Publish | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Makes the stage `folder`: training.json, predictions.parquet, and what `publish` writes.
+
+    Every process of a distributed run calls this. A killed tuning resumes from its last checkpoint.
+
+    Args:
+        tuning: how it is tuned.
+        folder: the stage.
+        scored: the system that is tuned, on its tasks; then others whose evaluation rows its model scores as well.
+        base: where the base with its user tokens lies, or is made if it is to be saved.
+        settings: further settings that decide what is written.
+        publish: writes the model into the stage: (model, folder, where its base is, gathered weights or None).
+        overwrite: make a stage with other settings anew.
+
+    Raises:
+        ValueError: the stage of another run stands there.
+    """
+    names = {"system": scored[0].system, "also_scored": [other.system for other in scored[1:]]}
+    run_stage(
+        folder,
+        tuning.settings() | names | dict(settings or {}),
+        {each.system: stage_fingerprint(each.tasks) for each in scored},
+        lambda partial: _build(
+            tuning, partial, scored, base if base.parent != folder else partial / base.name, publish
+        ),
+        overwrite=overwrite,
+        resume=True,
+        processes=tuning.processes,
+    )
+
+
+def _build(tuning: Tuning, folder: Path, scored: Sequence[Scored], base: Path, publish: Publish | None) -> None:
+    from transformers import set_seed
+
+    training = tuning.training
+    source = _prepare_base(tuning, base)
+    with training.main_process_first(desc="loading the tasks"):  # the others read its cache
+        rows = {split: _load_rows(scored[0].tasks, split, folder / "cache") for split in SPLITS}
+        others = {
+            (each.system, split): _load_rows(each.tasks, split, folder / "cache")
+            for each in scored[1:]
+            for split in EVALUATED
+        }
+    set_seed(training.seed)
+    model = load_model(source.path, tuning.model, tuning.tokenizer, seed=training.seed)
+    model = add_adapter(model, tuning.model, tuning.tokenizer, seed=training.seed)
+    trainer = _make_trainer(tuning, model, folder / "checkpoints", rows)
+    # every system of a run draws the same numbers, whatever was made before it
+    set_seed(training.seed)
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder / "checkpoints"))
+    history = [
+        {name: value for name, value in entry.items() if name in _LOGGED or "@" in name}
+        for entry in trainer.state.log_history
+        if "train_runtime" not in entry
+    ]
+    evaluated = {(scored[0].system, split): rows[split] for split in EVALUATED} | others
+    predictions = [_predictions(trainer, *name, its_rows) for name, its_rows in evaluated.items()]
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    state = trainer.accelerator.get_state_dict(trainer.model) if sharded else None
+    if training.process_index == 0:
+        record = {"system": scored[0].system, "best_metric": trainer.state.best_metric, "history": history}
+        write_json(folder / "training.json", record)
+        write_table(folder / "predictions.parquet", pa.concat_tables(predictions))
+        if publish is not None:
+            publish(trainer.accelerator.unwrap_model(trainer.model), folder, source, state)
+        for work in ("checkpoints", "cache"):
+            shutil.rmtree(folder / work, ignore_errors=True)
+
+
+def _prepare_base(tuning: Tuning, folder: Path) -> BaseSource:
+    """Where the base to tune is; it is extended into `folder` where it is to be saved and is not there yet."""
+    path, model, seed = resolve_base(tuning.model.model_name_or_path), tuning.model, tuning.training.seed
+    revision = None if Path(path).is_dir() else model.model_revision
+    if not base_is_saved(path, tuning.save_base):
+        return BaseSource(path, revision=revision, seed=seed)
+    if tuning.processes.is_main and not folder.is_dir():
+        with atomic_folder(folder) as partial:
+            extend_base(path, tuning.tokenizer, partial, seed, dtype=model.dtype, revision=revision)
+    tuning.processes.wait()
+    return BaseSource(str(folder), extended=True, seed=seed)
+
+
+def _make_trainer(
+    tuning: Tuning, model: "PreTrainedModel", folder: Path, rows: Mapping[str, "Dataset"]
+) -> "ULMRecTrainer":
+    from .trainer import ULMRecTrainer
+    from .verbalizer import LetterVerbalizer
+
+    args = copy.copy(tuning.training)
+    args.output_dir = str(folder)
+    validation = rows["validation"]
+    if 0 < tuning.validation_users < len(validation):
+        chosen = np.random.default_rng(tuning.seed).permutation(len(validation))
+        validation = validation.select(np.sort(chosen[: tuning.validation_users]))
+    return ULMRecTrainer(
+        model,
+        args,
+        train_dataset=rows["train"],
+        eval_dataset=None if args.eval_strategy == "no" else validation,
+        processing_class=tuning.tokenizer,
+        verbalizer=LetterVerbalizer(tuning.tokenizer, validation[0]["prompt"], tuning.num_candidates),
+    )
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest whole checkpoint: Trainer writes trainer_state.json last, so a half-written one lacks it."""
+    found = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+    return str(max(found, key=lambda path: int(path.name.rpartition("-")[2]))) if found else None
+
+
+def _load_rows(tasks: Path, split: str, cache: Path) -> "Dataset":
+    """Training rows of the mixture, evaluation rows of next_item."""
+    from datasets import Dataset
+
+    folder = tasks / ("mixture" if split == "train" else "next_item")
+    return Dataset.from_parquet([str(path) for path in sorted(folder.glob(f"{split}-*.parquet"))], cache_dir=str(cache))
+
+
+def _predictions(trainer: "ULMRecTrainer", system: str, split: str, rows: "Dataset") -> pa.Table:
+    scores = trainer.rank(rows)
+    counts = [len(candidates) for candidates in rows["candidates"]]
+    columns = {
+        "system": pa.repeat(system, len(rows)),
+        "split": pa.repeat(split, len(rows)),
+        "user": pa.array(rows["user"], pa.int32()),
+        "scores": [row[:count] for row, count in zip(scores, counts, strict=True)],
+        "label": pa.array(rows["label"], pa.int8()),
+    }
+    return pa.table(columns, schema=PREDICTIONS)
