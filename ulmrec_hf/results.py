@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 EVALUATED = SPLITS[1:]
 LEAVE_ONE_OUT = "Leave-one-out: the last item of each user is the test target, the one before it the validation target."
+_RETRIEVER_KS = (5, 10, 20)
 # system, split, ranks or metrics of every user, the order in which it saw the candidates
 Entry = tuple[str, str, ArrayLike | Mapping[str, ArrayLike], str]
 
@@ -69,13 +70,11 @@ def write_run_report(
     return _write_stage(report, folder / name, {"notes": notes}, inputs, pairs, plot)
 
 
-def write_retriever_report(
-    stage: Path, folder: Path, args: "RetrieverArguments", ks: Sequence[int] = (5, 10, 20)
-) -> str:
+def write_retriever_report(stage: Path, folder: Path, args: "RetrieverArguments") -> str:
     """Writes the stage `folder`, the report of a retrieval stage; returns a table for the terminal."""
     entries = [entry for split in EVALUATED for entry in _own_order(stage, split, args.num_candidates)]
     found = {split: np.isfinite(ranks) for system, split, ranks, _ in entries if system == args.retriever}
-    ks = [k for k in ks if k <= args.num_candidates] or [args.num_candidates]
+    ks = [k for k in _RETRIEVER_KS if k <= args.num_candidates] or [args.num_candidates]
     own = "Each system is scored on its own top k of the whole catalogue without the user's history."
     report = assemble_report(found, args.num_candidates, entries, [LEAVE_ONE_OUT, own, *protocol_notes(args)], ks=ks)
     others = dict.fromkeys(system for system, *_ in entries if system != args.retriever)

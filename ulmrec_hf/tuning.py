@@ -135,14 +135,13 @@ def tune_system(
     Raises:
         ValueError: the stage of another run stands there.
     """
+    own = base.parent == folder  # made with the stage, and published with it
     names = {"system": scored[0].system, "also_scored": [other.system for other in scored[1:]]}
     run_stage(
         folder,
         tuning.settings() | names | dict(settings or {}),
         {each.system: stage_fingerprint(each.tasks) for each in scored},
-        lambda partial: _build(
-            tuning, partial, scored, base if base.parent != folder else partial / base.name, publish
-        ),
+        lambda partial: _build(tuning, partial, scored, partial / base.name if own else base, publish),
         overwrite=overwrite,
         resume=True,
         processes=tuning.processes,
