@@ -1,9 +1,11 @@
 """A small run of the main job for the tests of the recipes: its settings, and how it is launched."""
 
+import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICKSTART = str(ROOT / "recipes" / "configs" / "quickstart.yaml")
@@ -32,6 +34,19 @@ def small_config(folder: Path) -> Path:
     path = folder / "small.yaml"
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
     return path
+
+
+def load_recipe(name: str) -> ModuleType:
+    """A script of `recipes/` as a module."""
+    return load_script(ROOT / "recipes" / f"{name}.py")
+
+
+def load_script(path: Path) -> ModuleType:
+    """A Python file as a module, wherever it is."""
+    spec = importlib.util.spec_from_file_location(f"{path.stem}_script", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def environment() -> dict[str, str]:

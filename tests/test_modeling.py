@@ -7,14 +7,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 from trl import ModelConfig
 
 from tests.tiny_llama import make_base, make_tokenizer
-from ulmrec_hf.modeling import add_adapter, base_is_saved, extend_base, load_base, load_published, publish_model
+from ulmrec_hf.modeling import BaseSource, add_adapter, base_is_saved, extend_base, load_base, load_model
+from ulmrec_hf.publishing import Published, load_published, publish_model
 from ulmrec_hf.tokenization_user import UserTokenizer
+from ulmrec_hf.user_index import UserIndex
 from ulmrec_hf.verbalizer import LetterVerbalizer
 
 # peft 0.21 asks a transformers 5.23 model for a property of the old name; may go when peft no longer does.
@@ -147,20 +150,13 @@ def published(tmp_path_factory, bases, user_tokenizer, hub_cache) -> dict:
             else:
                 base = str(folder / "base")
                 extend_base(str(bases[case == "tied"]), user_tokenizer, base, seed=0)
-            model = add_adapter(load_base(base, model_config, user_tokenizer), model_config, user_tokenizer)
+            model = add_adapter(load_model(base, model_config, user_tokenizer), model_config, user_tokenizer)
             train(model, user_tokenizer)
             scores[case] = letter_scores(model, user_tokenizer)
             if model_config.use_peft:
                 model.save_pretrained(folder / "checkpoint")  # as the Trainer does
-            publish_model(
-                model,
-                user_tokenizer,
-                folder,
-                base=base,
-                base_saved=case != "hub",
-                settings={"num_candidates": 3},
-                merged=True,
-            )
+            source = BaseSource(base, extended=case != "hub")
+            publish_model(model, user_tokenizer, folder, Published(source, {"num_candidates": 3}, merged=True))
         if case == "full":
             shutil.rmtree(folder / "base")
     moved = tmp_path_factory.mktemp("elsewhere") / "moved"
@@ -232,7 +228,7 @@ def test_adapter_holds_rows_not_matrices(case, matrices, published, user_tokeniz
 def test_only_user_rows_and_lora_move(tied, bases, user_tokenizer, tmp_path):
     extend_base(str(bases[tied]), user_tokenizer, tmp_path / "base", seed=0)
     model_config = lora_config()
-    model = add_adapter(load_base(str(tmp_path / "base"), model_config, user_tokenizer), model_config, user_tokenizer)
+    model = add_adapter(load_model(str(tmp_path / "base"), model_config, user_tokenizer), model_config, user_tokenizer)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained == {
         name
@@ -270,13 +266,14 @@ def test_without_user_tokens_lora_alone_is_trained_saved_and_merged(tied, bases,
     assert base["old"].keys() == base["new"].keys()
     assert all(torch.equal(weight, base["new"][name]) for name, weight in base["old"].items())
 
-    model = add_adapter(load_base(str(folder / "base"), model_config, tokenizer), model_config, tokenizer)
+    model = add_adapter(load_model(str(folder / "base"), model_config, tokenizer), model_config, tokenizer)
     assert all("lora_" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
     untrained = letter_scores(model, tokenizer)
     train(model, tokenizer)
     expected = letter_scores(model, tokenizer)
     assert (expected - untrained).abs().max() > 1e-3
-    publish_model(model, tokenizer, folder, base=folder / "base", base_saved=True, settings={}, merged=True)
+    published = Published(BaseSource(str(folder / "base"), extended=True), {}, merged=True)
+    publish_model(model, tokenizer, folder, published)
     assert all("lora_" in name for name in load_file(folder / "adapter" / "adapter_model.safetensors"))
     torch.testing.assert_close(letter_scores(*load_published(folder)), expected, atol=1e-4, rtol=0)
     shutil.rmtree(folder / "merged")
@@ -289,7 +286,7 @@ def test_without_user_tokens_lora_alone_is_trained_saved_and_merged(tied, bases,
 def test_without_user_tokens_a_4_bit_base_is_tuned_with_checkpointed_activations(reentrant, bases):
     tokenizer = UserTokenizer.from_base(bases[False], levels=0)
     model_config = lora_config(load_in_4bit=True, use_bnb_nested_quant=True)
-    model = add_adapter(load_base(str(bases[False]), model_config, tokenizer), model_config, tokenizer)
+    model = add_adapter(load_model(str(bases[False]), model_config, tokenizer), model_config, tokenizer)
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
     train(model, tokenizer)
     moved = {name: parameter.any() for name, parameter in model.named_parameters() if "lora_B" in name}
@@ -313,8 +310,8 @@ def test_extension_is_seeded_and_keeps_old_rows(bases, user_tokenizer, tmp_path)
 
 def test_extended_in_memory_equals_extended_on_disk(bases, user_tokenizer, tmp_path):
     extend_base(str(bases[True]), user_tokenizer, tmp_path / "base", seed=3)
-    on_disk = load_base(str(tmp_path / "base"), lora_config(), user_tokenizer, seed=99)
-    in_memory = load_base(str(bases[True]), lora_config(), user_tokenizer, seed=3)
+    on_disk = load_model(str(tmp_path / "base"), lora_config(), user_tokenizer, seed=99)
+    in_memory = load_model(str(bases[True]), lora_config(), user_tokenizer, seed=3)
     assert torch.equal(on_disk.model.embed_tokens.weight, in_memory.model.embed_tokens.weight)
     assert in_memory.name_or_path == "" and on_disk.name_or_path
 
@@ -326,7 +323,7 @@ def test_padded_matrix_keeps_its_size(bases, user_tokenizer, tmp_path):
         padded.model.embed_tokens.weight[len(user_tokenizer) - 32 :] = 0
     padded.save_pretrained(tmp_path / "padded")
     make_tokenizer().save_pretrained(tmp_path / "padded")
-    model = load_base(str(tmp_path / "padded"), lora_config(), user_tokenizer)
+    model = load_model(str(tmp_path / "padded"), lora_config(), user_tokenizer)
     rows = model.model.embed_tokens.weight
     assert len(rows) == 1024
     assert rows[user_tokenizer.user_token_ids[1]].abs().sum(1).min() > 0
@@ -337,10 +334,10 @@ def test_base_that_is_not_saved_is_put_in_later(bases, user_tokenizer, tmp_path)
     private = shutil.copytree(bases[False], tmp_path / "private")
     assert base_is_saved(str(private)) and not base_is_saved(str(private), False) and not base_is_saved(HUB_ID)
     model_config = lora_config()
-    model = add_adapter(load_base(str(private), model_config, user_tokenizer), model_config, user_tokenizer)
+    model = add_adapter(load_model(str(private), model_config, user_tokenizer), model_config, user_tokenizer)
     train(model, user_tokenizer)
     folder = tmp_path / "model"
-    publish_model(model, user_tokenizer, folder, base=private, base_saved=False, settings={})
+    publish_model(model, user_tokenizer, folder, Published(BaseSource(str(private)), {}, save_base=False))
     assert sorted(path.name for path in folder.iterdir()) == ["adapter", "ranker.json"]
     assert str(tmp_path) not in (folder / "adapter" / "adapter_config.json").read_text()
     expected = letter_scores(model, user_tokenizer)
@@ -354,7 +351,9 @@ def test_base_that_is_not_saved_is_put_in_later(bases, user_tokenizer, tmp_path)
 def test_checkpoint_of_a_base_extended_in_memory_resumes(bases, user_tokenizer, tmp_path):
     model_config = lora_config()
     model, fresh = (
-        add_adapter(load_base(str(bases[False]), model_config, user_tokenizer, seed=seed), model_config, user_tokenizer)
+        add_adapter(
+            load_model(str(bases[False]), model_config, user_tokenizer, seed=seed), model_config, user_tokenizer
+        )
         for seed in (0, 1)
     )
     train(model, user_tokenizer)
@@ -374,12 +373,36 @@ def test_load_published(case, published):
 
 def test_bad_input_is_named(bases, user_tokenizer, tmp_path):
     with pytest.raises(ValueError, match=r"'no/such-model' could not be loaded; check the setting model_name_or_path"):
-        load_base("no/such-model", lora_config(), user_tokenizer)
+        load_model("no/such-model", lora_config(), user_tokenizer)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="could not be loaded"):
         extend_base(str(tmp_path / "empty"), user_tokenizer, tmp_path / "out", seed=0)
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="set use_peft to true"):
-        load_base(str(bases[True]), ModelConfig(load_in_4bit=True), user_tokenizer)
+        load_model(str(bases[True]), ModelConfig(load_in_4bit=True), user_tokenizer)
     with pytest.raises(ValueError, match=r"is not a published model: ranker\.json is missing"):
         load_published(tmp_path)
+
+
+def test_a_base_in_memory_is_tuned_published_and_loaded(bases, user_tokenizer, tmp_path):
+    users = UserIndex(["u1"], np.array([[1, 2]]), 16)
+    model, tokenizer = load_base(str(bases[True]), users, seed=3, lora_r=4)
+    assert tokenizer.get_vocab() == user_tokenizer.get_vocab()
+    on_disk = tmp_path / "on_disk"
+    extend_base(str(bases[True]), tokenizer, on_disk, seed=3)
+    base = LlamaForCausalLM.from_pretrained(on_disk).model.embed_tokens.weight
+    assert torch.equal(model.get_input_embeddings().weight, base)
+    train(model, tokenizer)
+    publish_model(model, tokenizer, tmp_path / "model", Published(model.base_source, {}))
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["adapter", "base", "ranker.json"]
+    loaded, _ = load_published(tmp_path / "model")
+    torch.testing.assert_close(letter_scores(loaded, tokenizer), letter_scores(model, tokenizer), atol=1e-4, rtol=0)
+    assert loaded.base_source.extended
+    plain, tokenizer = load_base(str(bases[True]), UserIndex(["u1"], np.array([[1, 2]]), 16, kind="text"))
+    assert tokenizer.levels == 0 and all("lora" in name for name, row in plain.named_parameters() if row.requires_grad)
+
+
+def test_the_embedded_base_has_a_name():
+    model, tokenizer = load_base("embedded", UserIndex(["u1"], np.array([[1, 2]]), 4))
+    assert tokenizer.encode_user([1, 2]) == tokenizer("<a_1><b_2>")["input_ids"]
+    assert model.config.max_position_embeddings >= 4096

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 from trl import ModelConfig
 
 from tests.tiny_llama import make_base
-from ulmrec_hf.modeling import add_adapter, extend_base, load_base, publish_model
+from ulmrec_hf.modeling import BaseSource, add_adapter, extend_base, load_model
+from ulmrec_hf.publishing import Published, publish_model
 from ulmrec_hf.ranker import RankerSettings, UserRanker, UserRankingPipeline
 from ulmrec_hf.tasks.rows import TaskArguments, TaskRows
 from ulmrec_hf.tokenization_user import UserTokenizer
@@ -35,7 +36,7 @@ def folder(tmp_path_factory):
     tokenizer = UserTokenizer.from_base(source, levels=2, codebook_size=16)
     model_config = ModelConfig(use_peft=True, lora_target_modules=["q_proj", "v_proj"])
     extend_base(str(source), tokenizer, work / "out" / "base", seed=0)
-    model = add_adapter(load_base(str(work / "out" / "base"), model_config, tokenizer), model_config, tokenizer)
+    model = add_adapter(load_model(str(work / "out" / "base"), model_config, tokenizer), model_config, tokenizer)
     with torch.no_grad():
         generator = torch.Generator().manual_seed(0)
         for name, parameter in model.named_parameters():
@@ -44,17 +45,9 @@ def folder(tmp_path_factory):
     UserIndex(["u1", "u2"], np.array([[1, 2], [3, 4]]), 16).to_parquet(work / "user_index.parquet")
     items = {"item": pa.array([*range(1, 6)], pa.int32()), "item_id": [*TITLES], "title": [*TITLES.values()]}
     pq.write_table(pa.table(items), work / "items.parquet")
-    publish_model(
-        model,
-        tokenizer,
-        work / "out",
-        base=work / "out" / "base",
-        base_saved=True,
-        settings=SETTINGS,
-        merged=True,
-        user_index=work / "user_index.parquet",
-        items=work / "items.parquet",
-    )
+    files = {name: work / name for name in ("user_index.parquet", "items.parquet")}
+    source = BaseSource(str(work / "out" / "base"), extended=True)
+    publish_model(model, tokenizer, work / "out", Published(source, SETTINGS, merged=True, files=files))
     return shutil.move(work / "out", work / "moved")
 
 
@@ -247,7 +240,7 @@ def test_a_loaded_model_spells_each_kind_as_in_tuning(kind, user, shown, tmp_pat
     model_config = ModelConfig(use_peft=True, lora_target_modules=["q_proj", "v_proj"])
     out = tmp_path / "out"
     extend_base(str(source), tokenizer, out / "base", seed=0)
-    model = add_adapter(load_base(str(out / "base"), model_config, tokenizer), model_config, tokenizer)
+    model = add_adapter(load_model(str(out / "base"), model_config, tokenizer), model_config, tokenizer)
     publish_model(
         model,
         tokenizer,

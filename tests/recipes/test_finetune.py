@@ -1,6 +1,5 @@
 """The main job: what a run leaves, that it goes on after a kill, and what it refuses."""
 
-import importlib.util
 import json
 import os
 import re
@@ -15,19 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from tests.small_run import ROOT, SMALL, environment, launch
+from tests.small_run import ROOT, SMALL, environment, launch, load_recipe
 from tests.tiny_llama import make_base
 from ulmrec_hf.data.synthetic import synthetic_interactions
 
 FINETUNE = str(ROOT / "recipes" / "finetune.py")
 ONE_SYSTEM = ["--ablations", "index_only", "--save_merged", "false"]
-
-
-def load_recipe(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "recipes" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def read_json(path):
@@ -74,13 +66,18 @@ def test_every_evaluation_row_is_scored(run_folder):
     assert (table["label"] == -1).any()  # misses are scored too
 
 
-def test_the_run_without_an_index_saw_no_user_token(run_folder, small_settings, monkeypatch):
-    from ulmrec_hf.tasks.rows import strip_user_tokens
+def test_the_run_without_an_index_saw_no_user_token(run_folder):
+    from transformers import AutoTokenizer
 
-    tasks = pq.read_table(next((run_folder / "data" / "tasks" / "mixture").glob("train-*.parquet"))).to_pylist()
-    token = re.compile(r"<[a-z]_\d+>")
-    assert any(token.search(row["prompt"]) for row in tasks)
-    assert not any(token.search(strip_user_tokens(row[name])) for row in tasks for name in ("prompt", "completion"))
+    tokenizer = AutoTokenizer.from_pretrained(run_folder / "model" / "adapter")
+    base = len(AutoTokenizer.from_pretrained(resolve_base("embedded")))
+    seen = {}
+    for name, path in (("ulmrec", "data/tasks"), ("no_index", "ablations/no_index/tasks")):
+        rows = [row for file in (run_folder / path).rglob("*.parquet") for row in pq.read_table(file).to_pylist()]
+        texts = [row["prompt"] + row["completion"] for row in rows]
+        seen[name] = sum(token >= base for ids in tokenizer(texts)["input_ids"] for token in ids)
+    assert len(tokenizer) > base and seen["ulmrec"] > 0
+    assert seen["no_index"] == 0
 
 
 def test_the_same_command_runs_nothing_again_and_other_settings_are_refused(run_folder, small_settings):
@@ -241,7 +238,7 @@ def test_held_out_interactions_change_nothing_that_is_trained(swapped, small_set
 def test_a_run_with_another_kind_of_user_index(kind, small_settings, tmp_path):
     from transformers import AutoTokenizer
 
-    from ulmrec_hf.pipeline import base_path
+    from ulmrec_hf.modeling import resolve_base
     from ulmrec_hf.ranker import UserRanker
     from ulmrec_hf.user_index import UserIndex
 
@@ -256,17 +253,15 @@ def test_a_run_with_another_kind_of_user_index(kind, small_settings, tmp_path):
     index = UserIndex.from_parquet(folder / "model" / "user_index.parquet")
     assert index.kind == kind
     own = [index.spell(user) for user in index]
-    tasks = {
-        name: pq.read_table(next((folder / path / "history_to_index").glob("train-*.parquet"))).to_pylist()
-        for name, path in (
-            ("ulmrec", "data/tasks"), ("placebo", "ablations/placebo/tasks"), ("no_index", "ablations/no_index_tasks")
-        )
-    }  # fmt: skip
-    assert [row["completion"] for row in tasks["ulmrec"]] == own
-    dealt = [row["completion"] for row in tasks["placebo"]]
+    spelled = {}
+    for name, path in (("ulmrec", "data"), ("placebo", "ablations/placebo"), ("no_index", "ablations/no_index")):
+        rows = pq.read_table(next((folder / path / "tasks" / "next_item").glob("test-*.parquet"))).to_pylist()
+        spelled[name] = [re.search("### User:\n(.*)\n### ", row["prompt"])[1] for row in rows]
+    assert spelled["ulmrec"] == own
+    dealt = spelled["placebo"]
     assert sorted(dealt) == sorted(own) and sum(a == b for a, b in zip(dealt, own, strict=True)) < len(own) / 5
-    assert {row["completion"] for row in tasks["no_index"]} == {""}
-    for path in (folder / "ablations" / "no_index_tasks").rglob("*.parquet"):
+    assert set(spelled["no_index"]) == {""}
+    for path in (folder / "ablations" / "no_index" / "tasks").rglob("*.parquet"):
         for row in pq.read_table(path).to_pylist():
             assert "### User:\n\n### " in row["prompt"] or "### User:" not in row["prompt"]
     systems = {row["system"] for row in read_json(folder / "report" / "metrics.json")}
@@ -274,7 +269,7 @@ def test_a_run_with_another_kind_of_user_index(kind, small_settings, tmp_path):
     assert f"User index: {kind}, as plain text" in (folder / "report" / "report.md").read_text(encoding="utf-8")
 
     settings = load_recipe("finetune").parse(argv)
-    base = AutoTokenizer.from_pretrained(base_path(settings.model))
+    base = AutoTokenizer.from_pretrained(resolve_base(settings.model.model_name_or_path))
     assert AutoTokenizer.from_pretrained(folder / "model" / "adapter").get_vocab() == base.get_vocab()
     assert not read_json(folder / "model" / "adapter" / "adapter_config.json")["trainable_token_indices"]
     ranker = UserRanker.from_pretrained(folder / "model", device="cpu")

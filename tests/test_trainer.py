@@ -1,0 +1,95 @@
+"""ULMRecTrainer by itself: what it trains at which rate, how it ranks, and the ranker it gives."""
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+
+from tests.tiny_llama import make_base
+from ulmrec_hf import ULMRecTrainer, ULMRecTrainingArguments, UserIndex, load_base
+from ulmrec_hf.verbalizer import LetterVerbalizer
+
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+USERS = UserIndex(["u1", "u2"], np.array([[1, 2], [3, 4]]), 8)
+
+
+def rows(count: int = 12) -> Dataset:
+    """Rows of which the right letter follows from the user."""
+    columns = {"prompt": [], "completion": [], "candidates": [], "label": []}
+    for place in range(count):
+        label = place % 2
+        user = USERS.spell(USERS.user_ids[label])
+        columns["prompt"].append(f"### User:\n{user}\n### Candidates:\nA. red soap\nB. green tea\n### Answer:\n")
+        columns["completion"].append("AB"[label])
+        columns["candidates"].append([1, 2])
+        columns["label"].append(label)
+    return Dataset.from_dict(columns)
+
+
+@pytest.fixture
+def parts(tmp_path):
+    model, tokenizer = load_base(str(make_base(tmp_path / "base", tied=True)), USERS, lora_r=4)
+    arguments = {"use_cpu": True, "bf16": False, "eval_strategy": "no", "save_strategy": "no", "disable_tqdm": True}
+    arguments |= {"load_best_model_at_end": False, "per_device_train_batch_size": 4, "logging_strategy": "no"}
+
+    def make(**settings):
+        return ULMRecTrainer(
+            model,
+            ULMRecTrainingArguments(str(tmp_path / "out"), **{**arguments, **settings}),
+            train_dataset=rows(),
+            eval_dataset=rows(4),
+            processing_class=tokenizer,
+        )
+
+    return model, tokenizer, make
+
+
+def trained_rows(model):
+    return {name: weight for name, weight in model.named_parameters() if "trainable_tokens" in name}
+
+
+def test_user_tokens_learn_at_their_own_rate(parts):
+    model, _, make = parts
+    trainer = make(learning_rate=1e-4, user_token_learning_rate=0.5)
+    groups = trainer.create_optimizer().param_groups
+    (own,) = [group for group in groups if group["lr"] == 0.5]
+    assert {id(weight) for weight in own["params"]} == {id(weight) for weight in trained_rows(model).values()}
+    assert own["weight_decay"] == 0 and {group["lr"] for group in groups} == {1e-4, 0.5}
+    assert len({id(weight) for group in groups for weight in group["params"]}) == sum(
+        weight.requires_grad for weight in model.parameters()
+    )
+
+
+def test_tuning_moves_user_tokens_and_no_other_row(parts):
+    model, tokenizer, make = parts
+    before = model.get_input_embeddings().weight.detach().clone()
+    tuned = {name: weight.detach().clone() for name, weight in trained_rows(model).items()}
+    make(learning_rate=1e-4, user_token_learning_rate=0.05, max_steps=3).train()
+    assert all(not torch.equal(weight, tuned[name]) for name, weight in trained_rows(model).items())
+    merged = model.merge_and_unload().get_input_embeddings().weight
+    new = [token for level in tokenizer.user_token_ids for token in level]
+    old = [token for token in range(len(tokenizer)) if token not in set(new)]
+    assert torch.equal(merged[old], before[old])
+
+
+def test_what_the_user_decides_is_learned_and_evaluated_by_letters(parts):
+    _, tokenizer, make = parts
+    trainer = make(learning_rate=1e-3, user_token_learning_rate=0.2, max_steps=30)
+    assert trainer.verbalizer.ids == LetterVerbalizer(tokenizer, rows(1)[0]["prompt"], 2).ids
+    trainer.train()
+    metrics = trainer.evaluate(rows(6))  # rows that are still text
+    assert metrics["eval_recall@5"] == 1 and metrics["eval_ndcg@10"] == pytest.approx(1)
+    assert trainer.evaluate() == pytest.approx(trainer.evaluate(rows(4)), rel=1e3)  # but for the times
+    scores = trainer.rank(rows(5))
+    assert scores.shape == (5, 2) and scores.dtype == np.float32
+    assert scores.argmax(1).tolist() == [0, 1, 0, 1, 0]
+
+
+def test_a_trainer_without_evaluation_rows_reads_the_letters_when_it_ranks(parts, tmp_path):
+    model, tokenizer, _ = parts
+    args = ULMRecTrainingArguments(
+        str(tmp_path / "ranking"), use_cpu=True, bf16=False, eval_strategy="no", load_best_model_at_end=False
+    )
+    trainer = ULMRecTrainer(model, args, processing_class=tokenizer)
+    assert trainer.verbalizer is None
+    assert trainer.rank(rows(3)).shape == (3, 2) and len(trainer.verbalizer.ids) == 2
