@@ -17,6 +17,7 @@ import yaml
 from tests.small_run import ROOT, SMALL, environment, launch, load_recipe
 from tests.tiny_llama import make_base
 from ulmrec_hf.data.synthetic import synthetic_interactions
+from ulmrec_hf.modeling import resolve_base
 
 FINETUNE = str(ROOT / "recipes" / "finetune.py")
 ONE_SYSTEM = ["--ablations", "index_only", "--save_merged", "false"]
@@ -238,7 +239,6 @@ def test_held_out_interactions_change_nothing_that_is_trained(swapped, small_set
 def test_a_run_with_another_kind_of_user_index(kind, small_settings, tmp_path):
     from transformers import AutoTokenizer
 
-    from ulmrec_hf.modeling import resolve_base
     from ulmrec_hf.ranker import UserRanker
     from ulmrec_hf.user_index import UserIndex
 
