@@ -78,10 +78,7 @@ def main(argv: list[str] | None = None) -> None:
         run_alone(__file__, [*argv, "--prepare_only", "true"])
     tune(settings)
     if settings.training.process_index == 0:
-        print(write_report(settings))
-        folder = settings.folder
-        print(f"\nModel:  {folder / 'model'}\nReport: {folder / 'report' / 'report.md'}")
-        print(f"Tasks:  {folder / 'data' / 'tasks'}")
+        write_report(settings)
 
 
 if __name__ == "__main__":

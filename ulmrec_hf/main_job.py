@@ -1,14 +1,21 @@
 """The main job: raw interactions to an evaluated, loadable recommender, stage by stage under one output folder."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow.compute as pc
+
+from .console import Console
+from .data.readers import check_source
 from .data.stage import prepare_data
+from .figures import number
 from .indexing.base import load_indexer
 from .indexing.stage import index_users
+from .metrics import mean, per_user_metrics, top_k_ranks
 from .modeling import BaseSource, load_user_tokenizer, resolve_base
 from .preferences.stage import extract_preferences
 from .publishing import BASE, ITEMS_FILE, TEMPLATES_FILE, USER_INDEX_FILE, Published, publish_model
@@ -20,7 +27,7 @@ from .retrieval.stage import train_retriever
 from .settings import PipelineArguments, Settings
 from .stages import stage_fingerprint
 from .systems import RANKER, System, model_folder, task_folder
-from .tables import LeaveOneOut
+from .tables import LeaveOneOut, read_table
 from .tasks.records import MIXTURE
 from .tasks.stage import write_task_stage
 from .tasks.templates import PromptTemplates
@@ -37,6 +44,13 @@ if TYPE_CHECKING:
     from .tokenization_user import UserTokenizer
 
 
+def make_console(settings: Settings) -> Console:
+    """The terminal of a run, with one stage for each folder that it makes; its log is `output_dir/log.txt`."""
+    tuned = [system.name for system in (RANKER, *settings.pipeline.systems) if system.tuned]
+    names = ["data", "retriever", "preferences", "index", "tasks", *tuned, "report"]
+    return Console(names, settings.folder / "log.txt", is_main=settings.training.process_index == 0)
+
+
 def prepare_stages(settings: Settings) -> None:
     """Runs everything before the tuning: `data/`, `retriever/`, `preferences/`, `index/` and the rendered tasks.
 
@@ -47,13 +61,38 @@ def prepare_stages(settings: Settings) -> None:
     run, overwrite = settings.folder, settings.pipeline.overwrite
     tokenizer = make_tokenizer(settings.model, settings.index)
     check_letters(settings.tasks, tokenizer)
-    data = LeaveOneOut.load(prepare_data(settings.data, run, overwrite=overwrite))
-    train_retriever(settings.retriever, data, run, overwrite=overwrite)
-    extract_preferences(settings.preferences, data, run, overwrite=overwrite)
-    index_users(settings.index, data, run, overwrite=overwrite)
-    for system in [RANKER, *settings.pipeline.systems]:
-        if system is RANKER or system.has_own_tasks:
+    check_source(settings.data)
+    console = make_console(settings)
+    with console.stage("data", run / "data") as stage:
+        folder = prepare_data(settings.data, run, overwrite=overwrite)
+        stage.found(
+            "{users:,} users, {items:,} items, {interactions:,} interactions".format(**_json(folder, "summary"))
+        )
+    data = LeaveOneOut.load(folder)
+    with console.stage("retriever", run / "retriever") as stage:
+        folder = train_retriever(settings.retriever, data, run, overwrite=overwrite)
+        stage.found(f"{settings.retriever.retriever}: {_retriever_recall(folder, settings.retriever.num_candidates)}")
+    with console.stage("preferences", run / "preferences") as stage:
+        extract_preferences(settings.preferences, data, run, overwrite=overwrite)
+        stage.found(settings.preferences.extractor)
+    with console.stage("index", run / "index") as stage:
+        quality = _json(index_users(settings.index, data, run, overwrite=overwrite), "report")
+        stage.found(f"lift of held-out items under one code {number(quality['lift_heldout'][0], '.2f')}")
+    systems = [system for system in (RANKER, *settings.pipeline.systems) if system is RANKER or system.has_own_tasks]
+    with console.stage("tasks", run / "data" / "tasks") as stage:
+        for system in systems:
             render_tasks(system, settings.tasks, data, run, tokenizer, overwrite=overwrite)
+        stage.found(f"prompts of {', '.join(system.name for system in systems)}")
+
+
+def _json(folder: Path, name: str) -> dict[str, Any]:
+    return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def _retriever_recall(folder: Path, k: int) -> str:
+    ranks = read_table(folder / "candidates.parquet", ["split", "target_rank"])
+    ranks = ranks.filter(pc.field("split") == "validation")["target_rank"]
+    return f"Recall@{k} {mean(per_user_metrics(top_k_ranks(ranks, k), [k])[f'recall@{k}']):.3f} (validation)"
 
 
 def make_tokenizer(model: "ModelConfig", index: "IndexArguments") -> "UserTokenizer":
@@ -116,21 +155,29 @@ def tune(settings: Settings) -> None:
         tasks.task_seed,
     )
     tuning.processes.wait()  # the main process comes here when the earlier stages are done
+    console = make_console(settings)
     base, overwrite = run / "model" / BASE, pipeline.overwrite
     rows = {system: Scored(system.name, task_folder(system, run)) for system in (RANKER, *pipeline.systems)}
     written = ("save_merged", "save_user_map", "fusion_ranker", "fusion_retriever")
-    tune_system(
-        tuning,
-        model_folder(RANKER, run),
-        [scored for system, scored in rows.items() if system is RANKER or not system.tuned],
-        base=base,
-        settings={name: getattr(pipeline, name) for name in written},
-        publish=partial(_publish, tuning=tuning, run=run, tasks=tasks, pipeline=pipeline),
-        overwrite=overwrite,
-    )
-    for system, scored in rows.items():
-        if system is not RANKER and system.tuned:
-            tune_system(tuning, model_folder(system, run), [scored], base=base, overwrite=overwrite)
+    untuned = [scored for system, scored in rows.items() if not system.tuned]
+    for system in (system for system in rows if system.tuned):
+        folder = model_folder(system, run)
+        with console.stage(system.name, folder) as stage:
+            if system is RANKER:
+                tune_system(
+                    tuning,
+                    folder,
+                    [rows[system], *untuned],
+                    base=base,
+                    settings={name: getattr(pipeline, name) for name in written},
+                    publish=partial(_publish, tuning=tuning, run=run, tasks=tasks, pipeline=pipeline),
+                    overwrite=overwrite,
+                )
+            else:
+                tune_system(tuning, folder, [rows[system]], base=base, overwrite=overwrite)
+            best = _json(folder, "training")["best_metric"]
+            if best is not None:
+                stage.found(f"best validation {settings.training.metric_for_best_model} {best:.3f}")
 
 
 def _publish(
@@ -166,9 +213,9 @@ def _publish(
     )
 
 
-def write_report(settings: Settings) -> str:
-    """Writes `report/` from what the stages left; returns a table for the terminal."""
-    run = settings.folder
+def write_report(settings: Settings) -> None:
+    """Writes `report/` from what the stages left, and prints its table and where everything is."""
+    run, console = settings.folder, make_console(settings)
     tuned = [RANKER, *(system for system in settings.pipeline.systems if system.tuned)]
     notes = run_notes(
         settings.retriever,
@@ -176,4 +223,8 @@ def write_report(settings: Settings) -> str:
         evidence=settings.preferences.evidence,
         index_kind=settings.index.index_kind,
     )
-    return write_run_report(run, [model_folder(system, run) for system in tuned], tasks=settings.tasks, notes=notes)
+    with console.stage("report", run / "report"):
+        models = [model_folder(system, run) for system in tuned]
+        table = write_run_report(run, models, tasks=settings.tasks, notes=notes)
+    places = {"Model": run / "model", "Report": run / "report" / "report.md", "Tasks": run / "data" / "tasks"}
+    console.results(table, places)

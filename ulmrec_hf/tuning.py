@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from .console import quiet_trainer
 from .files import atomic_folder, write_json, write_table
 from .modeling import BaseSource, add_adapter, base_is_saved, extend_base, load_model, resolve_base
 from .protocol import SPLITS
@@ -211,7 +212,7 @@ def _make_trainer(
     if 0 < tuning.validation_users < len(validation):
         chosen = np.random.default_rng(tuning.seed).permutation(len(validation))
         validation = validation.select(np.sort(chosen[: tuning.validation_users]))
-    return ULMRecTrainer(
+    trainer = ULMRecTrainer(
         model,
         args,
         train_dataset=rows["train"],
@@ -219,6 +220,8 @@ def _make_trainer(
         processing_class=tuning.tokenizer,
         verbalizer=LetterVerbalizer(tuning.tokenizer, validation[0]["prompt"], tuning.num_candidates),
     )
+    quiet_trainer(trainer)
+    return trainer
 
 
 def last_checkpoint(folder: Path) -> str | None:
