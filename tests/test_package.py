@@ -1,3 +1,4 @@
+import ast
 import configparser
 import subprocess
 import sys
@@ -36,7 +37,37 @@ def test_importing_the_package_imports_nothing_heavy():
 @pytest.mark.parametrize("name", ulmrec_hf.__all__)
 def test_public_names_resolve(name):
     assert getattr(ulmrec_hf, name) is not None
-    assert name in dir(ulmrec_hf)
+
+
+def test_the_face_shows_public_names_alone():
+    assert dir(ulmrec_hf) == sorted(ulmrec_hf.__all__)
+    assert 15 <= len(ulmrec_hf.__all__) <= 25
+
+
+def test_importing_the_package_is_quick():
+    """Without a clock: no module of another package than the standard library is loaded."""
+    loaded = python(
+        "import sys; before = set(sys.modules); import ulmrec_hf; print(*(set(sys.modules) - before))"
+    ).split()
+    assert {name.partition(".")[0] for name in loaded} == {"ulmrec_hf"}
+
+
+SOURCES = sorted([*(ROOT / "ulmrec_hf").rglob("*.py"), *(ROOT / "recipes").rglob("*.py")])
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_functions_and_parameter_lists_are_short(path):
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 400
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            lines = node.end_lineno - node.lineno + 1
+            docstring = node.body[0] if ast.get_docstring(node) else None
+            lines -= docstring.end_lineno - docstring.lineno + 1 if docstring else 0
+            assert lines <= 60, f"{node.name} has {lines} lines"
+            names = [arg.arg for arg in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+            count = len(set(names) - {"self", "cls"})
+            assert count <= 8 or node.name == "__init__", f"{node.name} has {count} parameters"
 
 
 def test_an_unknown_name_is_an_attribute_error():
@@ -46,7 +77,7 @@ def test_an_unknown_name_is_an_attribute_error():
 
 def test_the_shipped_accelerate_settings_are_all_there():
     names = {path.stem for path in ACCELERATE}
-    assert names == {"cpu_2", "single_gpu", "ddp", "fsdp2", "deepspeed_zero3"}
+    assert names == {"cpu", "cpu_2", "single_gpu", "ddp", "fsdp2", "deepspeed_zero3"}
 
 
 @pytest.mark.parametrize("path", ACCELERATE, ids=lambda path: path.stem)
