@@ -18,7 +18,7 @@ from ulmrec_hf.indexing.arguments import IndexArguments
 from ulmrec_hf.pipeline import PipelineArguments, Settings, prepare_stages, tune, write_report
 from ulmrec_hf.preferences.arguments import PreferenceArguments
 from ulmrec_hf.retrieval.arguments import RetrieverArguments
-from ulmrec_hf.tasks.rows import TaskArguments
+from ulmrec_hf.tasks.arguments import TaskArguments
 from ulmrec_hf.trainer import ULMRecTrainingArguments, check_processes
 
 
