@@ -74,13 +74,21 @@ def test_every_evaluation_row_is_scored(run_folder):
     assert (table["label"] == -1).any()  # misses are scored too
 
 
-def test_the_run_without_an_index_saw_no_user_token(run_folder, small_settings, monkeypatch):
-    from ulmrec_hf.tasks.rows import strip_user_tokens
+def test_the_run_without_an_index_saw_no_user_token(run_folder):
+    from transformers import AutoTokenizer
 
-    tasks = pq.read_table(next((run_folder / "data" / "tasks" / "mixture").glob("train-*.parquet"))).to_pylist()
-    token = re.compile(r"<[a-z]_\d+>")
-    assert any(token.search(row["prompt"]) for row in tasks)
-    assert not any(token.search(strip_user_tokens(row[name])) for row in tasks for name in ("prompt", "completion"))
+    tokenizer = AutoTokenizer.from_pretrained(run_folder / "model" / "base")
+    user_tokens = set(tokenizer.get_added_vocab().values()) - set(tokenizer.all_special_ids)
+    shown, hidden = (
+        {
+            token
+            for path in (run_folder / tasks).glob("*.parquet")
+            for row in pq.read_table(path, columns=["prompt", "completion"]).to_pylist()
+            for token in tokenizer(row["prompt"] + row["completion"])["input_ids"]
+        }
+        for tasks in ("data/tasks/mixture", "ablations/no_index_tasks/mixture")
+    )
+    assert user_tokens & shown and hidden and not user_tokens & hidden
 
 
 def test_the_same_command_runs_nothing_again_and_other_settings_are_refused(run_folder, small_settings):
