@@ -195,22 +195,18 @@ class TaskRows:
 
     def _render(self, row: _Row) -> tuple[str, str]:
         """Prompt and completion, with as much of the newest history as max_length allows."""
-        name, fields = (
-            row.task.name,
-            {field: _FIELDS[field](self, row) for field in row.task.fields if field in _FIELDS},
-        )
-        has_history = "history" in row.task.fields
-        past, ratings, kept_lines = self._history(row) if has_history else ([], None, 0)
+        name, shown = row.task.name, row.task.fields
+        fields = {field: _FIELDS[field](self, row) for field in shown if field != "history"}
+        past, ratings, kept_lines = self._history(row) if "history" in shown else ([], None, 0)
         titles = [self._titles[item] for item in past]
         # Counting by a tokenizer is slow, so it is done only where this sum of parts comes near the limit: whole
         # fields by their bytes, titles by their tokens, and 12 for what surrounds a title in its line.
-        bound = self._frame_tokens[name] + sum(
-            len(value.encode()) for field, value in fields.items() if field != "candidates"
-        )
+        whole = (value for field, value in fields.items() if field != "candidates")
+        bound = self._frame_tokens[name] + sum(len(value.encode()) for value in whole)
         bound += sum(self._title_tokens[item] + 12 for item in (*past, *row.candidates))
 
         def render(dropped: int) -> tuple[str, str]:
-            if has_history:
+            if "history" in shown:
                 fields["history"] = render_history(titles[dropped:], None if ratings is None else ratings[dropped:])
             return self.templates.render(name, **fields)
 
@@ -297,12 +293,10 @@ _FIELDS: dict[str, Callable[[TaskRows, _Row], str]] = {
     "preference": lambda rows, row: rows._preference(row.user, row.position),
     "candidates": lambda rows, row: render_candidates([rows._titles[item] for item in row.candidates]),
     "letter": lambda rows, row: LETTERS[row.label] if row.label != MISS else "",
-    "rating": lambda rows, row: _spell_rating(
-        float(rows.data.ratings[rows._sequences.offsets[row.user] + row.position])
-    ),
+    "rating": lambda rows, row: _spell_rating(rows.data.ratings[rows._sequences.offsets[row.user] + row.position]),
     "title": lambda rows, row: rows._titles[row.target],
 }
 
 
 def _spell_rating(rating: float) -> str:
-    return UNKNOWN if math.isnan(rating) else f"{rating:g}"
+    return UNKNOWN if math.isnan(rating) else f"{float(rating):g}"
