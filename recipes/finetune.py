@@ -11,7 +11,6 @@ from pathlib import Path
 
 import yaml
 from trl import ModelConfig, TrlParser
-from ulmrec_hf.tasks.arguments import TaskArguments
 
 from ulmrec_hf.cli import run_alone, run_script
 from ulmrec_hf.data.arguments import DataArguments
@@ -20,6 +19,7 @@ from ulmrec_hf.main_job import prepare_stages, tune, write_report
 from ulmrec_hf.preferences.arguments import PreferenceArguments
 from ulmrec_hf.retrieval.arguments import RetrieverArguments
 from ulmrec_hf.settings import PipelineArguments, Settings
+from ulmrec_hf.tasks.arguments import TaskArguments
 from ulmrec_hf.trainer import ULMRecTrainingArguments, check_processes
 
 

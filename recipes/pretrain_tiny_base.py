@@ -29,7 +29,10 @@ from trl import TrlParser
 
 from ulmrec_hf.data import synthetic as toy
 from ulmrec_hf.files import atomic_folder
-from ulmrec_hf.prompts import LETTERS, NONE, TASKS, PromptTemplates, render_history
+from ulmrec_hf.prompts import NONE, render_history
+from ulmrec_hf.tasks.records import TASKS
+from ulmrec_hf.tasks.templates import PromptTemplates
+from ulmrec_hf.verbalizer import LETTERS
 
 IGNORED = -100
 MOST = 20  # candidates of the longest lists

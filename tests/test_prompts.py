@@ -1,15 +1,14 @@
-"""Templates, and text of strangers that must stay text."""
+"""Text of strangers that must stay text, and the parts of a prompt."""
 
 import unicodedata
 
 import pytest
-import yaml
 
+from tests.tasks.world import byte_tokenizer
 from ulmrec_hf.prompts import (
-    LETTERS,
-    TASKS,
-    USER_TOKENS,
-    PromptTemplates,
+    clean_titles,
+    count_tokens,
+    fit_history,
     neutralise,
     render_candidates,
     render_history,
@@ -36,8 +35,9 @@ def test_neutralised_text_holds_no_control_token_and_no_header(text):
     safe = neutralise(text)
     folded = "".join(c for c in unicodedata.normalize("NFKC", safe) if unicodedata.category(c) not in ("Cf", "Cc"))
     for form in (safe, folded):
-        assert not USER_TOKENS.search(form)
-        assert not any(mark in form for mark in ("</s>", "<|", "[INST]", "[/INST]", "##", "\n", "\r", "\u2028"))
+        assert not any(
+            mark in form for mark in ("<a_", "<b_", "</s>", "<|", "[INST]", "[/INST]", "##", "\n", "\r", "\u2028")
+        )
         assert len(form.splitlines()) == 1
 
 
@@ -66,57 +66,29 @@ def test_history_and_candidates():
     assert render_history(["a", "b"], ["5", "?"]) == "- a: 5\n- b: ?"
     assert render_candidates(["x", "y"]) == "A. x\nB. y"
     assert render_candidates(["t"] * 52).splitlines()[-1] == "z. t"
-    assert len(LETTERS) == 52
     with pytest.raises(ValueError, match="53 candidates, but only 52 letters"):
         render_candidates(["t"] * 53)
 
 
-def test_the_package_s_templates_render_every_task():
-    templates = PromptTemplates.from_yaml()
-    fields = {name: f"[{name}]" for name in ("user", "preference", "history", "candidates", "letter", "rating")}
-    for task in TASKS:
-        prompt, completion = templates.render(task, **fields)
-        assert prompt.startswith("### Task:\n") and prompt.endswith("### Answer:\n")
-        assert completion in ("[letter]", "[preference]", "[user]", "[rating]")
+def test_titles_are_cut_and_counted():
+    titles = ["one two", None, "\u200b", "<a_3>", "abcdefghij"] * 300  # more than are tokenised at once
+    texts, counts = clean_titles(titles, byte_tokenizer(), 8, [])
+    assert texts == ["one two", "(none)", "(none)", "< a_3>", "abcdefgh"] * 300
+    assert counts == [7, 6, 6, 6, 8] * 300
+    assert clean_titles([], byte_tokenizer(), 8, []) == ([], [])
 
 
-def test_a_field_s_own_braces_are_not_read_as_a_template():
-    prompt, completion = PromptTemplates.from_yaml().render(
-        "index_to_preference", user="{preference}", preference="{x}"
-    )
-    assert "{preference}" in prompt
-    assert completion == "{x}"
+def test_history_is_dropped_from_its_oldest_end_until_the_prompt_fits():
+    tokenizer, rendered = byte_tokenizer(), []
 
+    def render(dropped):
+        rendered.append(dropped)
+        return "abcd"[dropped:] + "\n", ""
 
-def _write(path, templates):
-    path.write_text(yaml.safe_dump(templates), encoding="utf-8")
-    return path
-
-
-def _templates():
-    return {task: {"prompt": "p\n", "completion": "c"} for task in TASKS}
-
-
-def test_wrong_templates_are_refused_with_the_reason(tmp_path):
-    path = tmp_path / "templates.yaml"
-    with pytest.raises(ValueError, match=r"templates\.yaml do not exist"):
-        PromptTemplates.from_yaml(path)
-    path.write_text("{", encoding="utf-8")
-    with pytest.raises(ValueError, match="not YAML in UTF-8"):
-        PromptTemplates.from_yaml(path)
-    path.write_text("", encoding="utf-8")
-    with pytest.raises(ValueError, match="tasks None were given"):
-        PromptTemplates.from_yaml(path)
-    with pytest.raises(ValueError, match=r"tasks \['rating'\] were given"):
-        PromptTemplates.from_yaml(_write(path, {"rating": {}}))
-    with pytest.raises(ValueError, match="task rating needs exactly the keys prompt and completion"):
-        PromptTemplates.from_yaml(_write(path, {**_templates(), "rating": {"prompt": "p"}}))
-    with pytest.raises(ValueError, match="completion of task rating is 5; it must be text"):
-        PromptTemplates.from_yaml(_write(path, {**_templates(), "rating": {"prompt": "p", "completion": 5}}))
-
-
-def test_an_unknown_field_is_refused_by_its_name(tmp_path):
-    broken = {**_templates(), "rating": {"prompt": "{colour}\n", "completion": "c"}}
-    templates = PromptTemplates.from_yaml(_write(tmp_path / "t.yaml", broken))
-    with pytest.raises(ValueError, match=r"task rating names the field \{colour\}.*it has user"):
-        templates.render("rating", user="u")
+    options = {"subject": "this", "advice": "shorten it"}
+    assert count_tokens(tokenizer, "ab\n") == 5 == count_tokens(tokenizer, "ab\n", "B")
+    assert fit_history(render, 4, tokenizer, 5, **options) == ("cd\n", "")
+    assert rendered == [0, 1, 2]
+    with pytest.raises(ValueError, match="max_length is 5, but this has 6 tokens even without history: shorten it"):
+        fit_history(render, 1, tokenizer, 5, **options)
+    assert fit_history(render, 4, None, 5, bound=5, **options) == ("abcd\n", "")  # nothing is counted

@@ -15,7 +15,9 @@ from tests.tiny_llama import make_base
 from ulmrec_hf.modeling import BaseSource, add_adapter, extend_base, load_model
 from ulmrec_hf.publishing import Published, publish_model
 from ulmrec_hf.ranker import RankerSettings, UserRanker, UserRankingPipeline
-from ulmrec_hf.tasks.rows import TaskArguments, TaskRows
+from ulmrec_hf.tables import LeaveOneOut
+from ulmrec_hf.tasks.arguments import TaskArguments
+from ulmrec_hf.tasks.rows import TaskRows
 from ulmrec_hf.tokenization_user import UserTokenizer
 from ulmrec_hf.user_index import UserIndex
 
@@ -84,34 +86,26 @@ def test_titles_work_as_ids_do(ranker):
 
 def test_prompt_is_the_one_of_the_tasks(ranker):
     ids = [*TITLES]
-    rows = TaskRows(
-        TaskArguments(**SETTINGS),
-        sequences=pa.table(
-            {
-                "user": pa.array([0], pa.int32()),
-                "user_id": ["u1"],
-                "items": pa.array([[1, 3, 2, 4, 5]], pa.list_(pa.int32())),
-                "ratings": pa.array([[None] * 5], pa.list_(pa.float32())),
-            }
-        ),
-        items=pa.table({"item": pa.array([*range(1, 6)], pa.int32()), "title": [*TITLES.values()]}),
-        candidates=pa.table(
-            {
-                "user": pa.array([0], pa.int32()),
-                "split": ["test"],
-                "position": pa.array([4], pa.int32()),
-                "items": pa.array([[5, 1, 3]], pa.list_(pa.int32())),
-            }
-        ),
-        preferences=pa.table(
-            {"user": pa.array([0], pa.int32()), "position": pa.array([3], pa.int32()), "preference": ["soap"]}
-        ),
-        user_index=ranker.user_index,
-        tokenizer=ranker.tokenizer,
-    )
-    row = rows.row("next_item", "test", 0, 4)
+    row = _tuning_row(ranker, "u1", [*TITLES.values()], [1, 3, 2, 4, 5], [5, 1, 3])
     history = [ids[item - 1] for item in (1, 3, 2, 4)]
     assert ranker.prompt("u1", history, [ids[item - 1] for item in row["candidates"]]) == row["prompt"]
+
+
+def _tuning_row(ranker, user, titles, items, candidates, split="test"):
+    """The row of a user of the tuning with these items, whom these candidates were offered."""
+    zero, numbers = pa.array([0], pa.int32()), range(1, len(titles) + 1)
+    data = LeaveOneOut(
+        {
+            "sequences": pa.table({"user": zero, "user_id": [user], "items": [items]}),
+            "items": pa.table({"item": pa.array(numbers, pa.int32()), "item_id": map(str, numbers), "title": titles}),
+        }
+    )
+    train = len(items) - 2
+    position = train + (split == "test")
+    offered = pa.table({"user": zero, "split": [split], "position": [position], "items": [candidates]})
+    preferences = pa.table({"user": zero, "position": [train], "preference": ["soap"]})
+    rows = TaskRows(TaskArguments(**SETTINGS), data, offered, preferences, ranker.user_index, ranker.tokenizer)
+    return rows.row("next_item", split, 0, position)
 
 
 def test_strangers_text_stays_text(ranker):
@@ -253,7 +247,7 @@ def test_a_loaded_model_spells_each_kind_as_in_tuning(kind, user, shown, tmp_pat
     ranker = UserRanker.from_pretrained(shutil.move(out, tmp_path / "moved"), device="cpu")
     assert ranker.user_index.kind == kind
     prompt = ranker.prompt(user, ["red soap"], ["blue cup", "tea"])
-    row = _tuning_row(UserIndex(["u1", user], codes, 16, kind), tokenizer, user)
+    row = _tuning_row(ranker, user, ["red soap", "blue cup", "tea"], [1, 2, 3], [2, 3], "validation")
     assert prompt == row["prompt"] and prompt.split("### User:\n")[1].split("\n### ")[0] == shown
     ids = ranker.tokenizer(prompt)["input_ids"]
     assert ranker.tokenizer.eos_token_id not in ids and prompt.count("\n### Answer:") == 1
@@ -261,35 +255,6 @@ def test_a_loaded_model_spells_each_kind_as_in_tuning(kind, user, shown, tmp_pat
     scores = ranker.scores([prompt, ranker.prompt("u1", ["red soap"], ["blue cup", "tea"])], 2)
     assert (scores[0] != scores[1]).any()
     assert "### User:\n\n### History:" in ranker.prompt("stranger", [], ["tea"])
-
-
-def _tuning_row(user_index, tokenizer, user):
-    """The test row of a user who chose red soap, and whose candidates are blue cup and tea."""
-    return TaskRows(
-        TaskArguments(**SETTINGS),
-        sequences=pa.table(
-            {
-                "user": pa.array([0], pa.int32()),
-                "user_id": [user],
-                "items": pa.array([[1, 2, 3]], pa.list_(pa.int32())),
-                "ratings": pa.array([[None] * 3], pa.list_(pa.float32())),
-            }
-        ),
-        items=pa.table({"item": pa.array([1, 2, 3], pa.int32()), "title": ["red soap", "blue cup", "tea"]}),
-        candidates=pa.table(
-            {
-                "user": pa.array([0], pa.int32()),
-                "split": ["validation"],
-                "position": pa.array([1], pa.int32()),
-                "items": pa.array([[2, 3]], pa.list_(pa.int32())),
-            }
-        ),
-        preferences=pa.table(
-            {"user": pa.array([0], pa.int32()), "position": pa.array([1], pa.int32()), "preference": ["soap"]}
-        ),
-        user_index=user_index,
-        tokenizer=tokenizer,
-    ).row("next_item", "validation", 0, 1)
 
 
 def test_a_map_whose_ids_are_spelled_alike_is_refused(ranker):

@@ -29,7 +29,7 @@ from .stages import stage_fingerprint
 from .systems import RANKER, System, model_folder, task_folder
 from .tables import LeaveOneOut, read_table
 from .tasks.records import MIXTURE
-from .tasks.stage import write_task_stage
+from .tasks.stage import TaskSources, write_task_stage
 from .tasks.templates import PromptTemplates
 from .tuning import Scored, Tuning, tune_system
 from .user_index import KINDS, UserIndex
@@ -80,8 +80,10 @@ def prepare_stages(settings: Settings) -> None:
         stage.found(f"lift of held-out items under one code {number(quality['lift_heldout'][0], '.2f')}")
     systems = [system for system in (RANKER, *settings.pipeline.systems) if system is RANKER or system.has_own_tasks]
     with console.stage("tasks", run / "data" / "tasks") as stage:
+        users = UserIndex.from_parquet(run / "index" / "user_index.parquet")
+        sources = TaskSources.of_run(run, data, users, tokenizer)
         for system in systems:
-            render_tasks(system, settings.tasks, data, run, tokenizer, overwrite=overwrite)
+            render_tasks(system, settings.tasks, sources, run, overwrite=overwrite)
         stage.found(f"prompts of {', '.join(system.name for system in systems)}")
 
 
@@ -112,28 +114,18 @@ def check_letters(tasks: "TaskArguments", tokenizer: "UserTokenizer") -> None:
 
 
 def render_tasks(
-    system: System,
-    tasks: "TaskArguments",
-    data: LeaveOneOut,
-    run: Path,
-    tokenizer: "UserTokenizer",
-    *,
-    overwrite: bool = False,
+    system: System, tasks: "TaskArguments", sources: TaskSources, run: Path, *, overwrite: bool = False
 ) -> Path:
-    """Renders the tasks of a system of a run as a stage, from the earlier stages; returns its folder."""
-    users = UserIndex.from_parquet(run / "index" / "user_index.parquet")
+    """Renders the tasks of a system of a run as a stage, from the run's sources; returns its folder."""
     configs = None  # all of them
     if system is not RANKER:
         configs = ("next_item", MIXTURE) if system.tuned else ("next_item",)
+    inputs = {name: stage_fingerprint(run / name) for name in ("data", "retriever", "preferences", "index")}
     return write_task_stage(
         replace(tasks, **system.task_settings),
         task_folder(system, run),
-        data=data,
-        candidates_path=run / "retriever" / "candidates.parquet",
-        preferences_path=run / "preferences" / "preferences.parquet",
-        user_index=system.user_index(users, tasks.task_seed),
-        tokenizer=tokenizer,
-        inputs={name: stage_fingerprint(run / name) for name in ("data", "retriever", "preferences", "index")},
+        replace(sources, user_index=system.user_index(sources.user_index, tasks.task_seed)),
+        inputs | {"spelled index": system.index},
         configs=configs,
         overwrite=overwrite,
     )

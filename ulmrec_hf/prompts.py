@@ -1,14 +1,10 @@
-"""Prompt templates, and what keeps strangers' text from becoming part of the prompt's machinery."""
+"""The parts of a prompt: text made harmless, titles, users, histories and candidates, fitted to a length."""
 
-import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from importlib import resources
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-import yaml
 
 from .verbalizer import LETTERS
 
@@ -17,17 +13,7 @@ if TYPE_CHECKING:
 
     from .user_index import UserIndex
 
-TASKS = (
-    "next_item",
-    "index_to_preference",
-    "preference_to_index",
-    "history_to_index",
-    "rating",
-    "intent_next_item",
-)
-RANKING_TASKS = ("next_item", "intent_next_item")
 NONE = "(none)"
-USER_TOKENS = re.compile(r"(?:<[a-z]_\d+>)+")
 
 # Every character that a tokenizer's normalizer (NFKC) may fold back into markup, and two that spell user tokens.
 _LOOKALIKES = str.maketrans("＜＞﹤﹥｜＃﹟［］﹇﹈＿／", "<><>|##[][]_/")
@@ -36,7 +22,6 @@ _INVISIBLE = re.compile(
     "[\u0000-\u001f\u007f-\u009f\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\U000e0000-\U000e007f]+"
 )
 _MARKUP = re.compile(r"<(?=[^\s<>]+>)|\[(?=/?[A-Z_]+\])|#(?=#)")
-_FIELD = re.compile(r"\{([a-z_]+)\}")
 
 
 def neutralise(text: str, reserved: Iterable[str] = ()) -> str:
@@ -66,26 +51,26 @@ def reserved_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
 
 
 def clean_titles(
-    titles: Sequence[str | None],
-    tokenizer: "PreTrainedTokenizerBase",
-    max_tokens: int,
-    reserved: Iterable[str] | None = None,
-) -> list[str]:
+    titles: Sequence[str | None], tokenizer: "PreTrainedTokenizerBase", max_tokens: int, reserved: Iterable[str]
+) -> tuple[list[str], list[int]]:
     """Titles as a prompt shows them: neutralised, cut to `max_tokens` tokens, `(none)` where nothing is left.
 
     Args:
-        reserved: what `reserved_tokens(tokenizer)` returned, where many titles are cleaned in parts.
+        tokenizer: a fast one, which tells where tokens begin.
+        reserved: what `reserved_tokens(tokenizer)` returned.
+
+    Returns:
+        The titles, and at most how many tokens each has.
     """
-    if not titles:
-        return []
-    reserved = reserved_tokens(tokenizer) if reserved is None else reserved
-    texts = [neutralise(title or "", reserved) or NONE for title in titles]
-    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    return [
-        # where the first dropped token begins: a character that is several tokens goes as a whole
-        text[: offsets[max_tokens][0]].rstrip() or NONE if len(offsets) > max_tokens else text
-        for text, offsets in zip(texts, encoded["offset_mapping"], strict=True)
-    ]
+    cleaned, counts = [], []
+    for begin in range(0, len(titles), 1000):
+        texts = [neutralise(title or "", reserved) or NONE for title in titles[begin : begin + 1000]]
+        encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        for text, offsets in zip(texts, encoded["offset_mapping"], strict=True):
+            # where the first dropped token begins: a character that is several tokens goes as a whole
+            cleaned.append(text[: offsets[max_tokens][0]].rstrip() or NONE if len(offsets) > max_tokens else text)
+            counts.append(min(len(offsets), max_tokens))
+    return cleaned, counts
 
 
 def spell_user(user_index: "UserIndex", user_id: str, reserved: Iterable[str] = ()) -> str:
@@ -141,61 +126,41 @@ def render_candidates(titles: Sequence[str]) -> str:
     return "\n".join(f"{letter}. {title}" for letter, title in zip(LETTERS, titles, strict=False))
 
 
-class PromptTemplates:
-    """The prompt and completion of each of the six tasks, read from a YAML file.
+def count_tokens(tokenizer: "PreTrainedTokenizerBase", prompt: str, completion: str = "") -> int:
+    """Tokens of prompt and completion with the end token; an empty completion counts as a letter.
+
+    The prompt of a miss, which has no letter, is thus as long as that of a hit: the target decides nothing about it.
+    """
+    return len(tokenizer(prompt + (completion or LETTERS[0]), verbose=False)["input_ids"]) + 1
+
+
+def fit_history(
+    render: Callable[[int], tuple[str, str]],
+    removable: int,
+    tokenizer: "PreTrainedTokenizerBase",
+    max_length: int,
+    *,
+    subject: str,
+    advice: str,
+    bound: float = float("inf"),
+) -> tuple[str, str]:
+    """Renders a prompt with as much of the newest history as `max_length` tokens allow.
+
+    Args:
+        render: gives prompt and completion, the given number of oldest history items left out.
+        removable: how many items may be left out.
+        max_length: most tokens of prompt, completion and end token, see `count_tokens`.
+        subject, advice: whose prompt it is and what to do, for the error.
+        bound: tokens that the whole row certainly does not exceed; where it fits, nothing is counted, which is slow.
 
     Raises:
-        ValueError: a task is missing or unknown, or a template names no field that it should, with the task's name.
+        ValueError: without the removable history there are still more tokens.
     """
-
-    def __init__(self, templates: Mapping[str, Mapping[str, str]], source: str = "templates"):
-        if not isinstance(templates, Mapping) or set(templates) != set(TASKS):
-            given = sorted(map(str, templates)) if isinstance(templates, Mapping) else templates
-            raise ValueError(
-                f"{source}: tasks {given} were given, {sorted(TASKS)} are needed, each with prompt and completion."
-            )
-        for task, template in templates.items():
-            if not isinstance(template, Mapping) or set(template) != {"prompt", "completion"}:
-                raise ValueError(f"{source}: task {task} needs exactly the keys prompt and completion.")
-            for part, text in template.items():
-                if not isinstance(text, str):
-                    raise ValueError(
-                        f"{source}: {part} of task {task} is {text!r}; it must be text, so put it in quotes."
-                    )
-        self._templates = {task: (template["prompt"], template["completion"]) for task, template in templates.items()}
-
-    @classmethod
-    def from_yaml(cls, path: str | os.PathLike | None = None) -> "PromptTemplates":
-        """Reads templates from a file; the package's own without a path."""
-        source = resources.files("ulmrec_hf.tasks") / "templates" / "default.yaml" if path is None else Path(path)
-        if not source.is_file():
-            raise ValueError(f"Prompt templates {source} do not exist; check the setting prompt_templates.")
-        try:
-            templates = yaml.safe_load(source.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"Prompt templates {source} are not YAML in UTF-8: {error}") from None
-        return cls(templates, str(source))
-
-    def render(self, task: str, **fields: str) -> tuple[str, str]:
-        """Fills one task's template and returns (prompt, completion).
-
-        Fields are put in as they are: titles and preferences must have passed `neutralise` before. A field's own text
-        is never read as a template.
-
-        Raises:
-            ValueError: the template names a field that was not given.
-        """
-        prompt, completion = self._templates[task]
-        return self._fill(task, prompt, fields), self._fill(task, completion, fields)
-
-    @staticmethod
-    def _fill(task: str, template: str, fields: Mapping[str, str]) -> str:
-        def value(match: re.Match) -> str:
-            if match.group(1) not in fields:
-                raise ValueError(
-                    f"The template of task {task} names the field {match.group()}, which that task does not have; "
-                    f"it has {', '.join(sorted(fields))}."
-                )
-            return fields[match.group(1)]
-
-        return _FIELD.sub(value, template)
+    for dropped in range(removable + 1):
+        prompt, completion = render(dropped)
+        if bound <= max_length:
+            return prompt, completion
+        length = count_tokens(tokenizer, prompt, completion)
+        if length <= max_length:
+            return prompt, completion
+    raise ValueError(f"max_length is {max_length}, but {subject} has {length} tokens even without history: {advice}.")

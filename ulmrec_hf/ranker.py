@@ -16,10 +16,9 @@ from transformers import Pipeline, PreTrainedModel, PreTrainedTokenizerBase
 
 from .files import write_table
 from .prompts import (
-    LETTERS,
-    PromptTemplates,
     check_spellings,
     clean_titles,
+    fit_history,
     render_candidates,
     render_history,
     reserved_tokens,
@@ -34,6 +33,7 @@ from .publishing import (
     publish_model,
     read_ranker_file,
 )
+from .tasks.templates import PromptTemplates
 from .user_index import UserIndex
 from .verbalizer import LetterVerbalizer
 
@@ -240,7 +240,7 @@ class UserRanker:
             if wrong:
                 raise ValueError(f"{name} must be a list of item ids or titles, all strings; got {wrong[0]!r}.")
         newest = history[max(0, len(history) - self.settings.max_history) :]
-        titles = clean_titles(
+        titles, _ = clean_titles(
             [self.titles.get(item, item) for item in (*newest, *candidates)],
             self.tokenizer,
             self.settings.max_title_tokens,
@@ -248,16 +248,15 @@ class UserRanker:
         )
         past, offered = titles[: len(newest)], titles[len(newest) :]
         user = self._spell(user_id) if index is None else spell_user(index, user_id, self._reserved)
-        for first in range(len(past) + 1):
-            prompt = self._render(user, past[first:], offered)
-            # a letter and the end token follow
-            length = len(self.tokenizer(prompt + LETTERS[0], verbose=False)["input_ids"]) + 1
-            if length <= self.settings.max_length:
-                return prompt
-        raise ValueError(
-            f"max_length is {self.settings.max_length}, but the prompt of user {user_id!r} has {length} tokens even "
-            "without history: give fewer candidates."
+        prompt, _ = fit_history(
+            lambda dropped: (self._render(user, past[dropped:], offered), ""),
+            len(past),
+            self.tokenizer,
+            self.settings.max_length,
+            subject=f"the prompt of user {user_id!r}",
+            advice="give fewer candidates",
         )
+        return prompt
 
     def scores(self, prompts: Sequence[str], num_candidates: int, *, batch_size: int = 8) -> np.ndarray:
         """Letter logits float32 [prompts, num_candidates], in the order of the letters.

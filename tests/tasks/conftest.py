@@ -1,0 +1,26 @@
+import pytest
+
+from tests.tasks.world import World, byte_tokenizer, make_world
+from ulmrec_hf.tasks.rows import TaskRows
+from ulmrec_hf.tokenization_user import UserTokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> UserTokenizer:
+    return UserTokenizer.from_base(byte_tokenizer(), levels=4, codebook_size=8)
+
+
+@pytest.fixture(scope="session")
+def plain_tokenizer() -> UserTokenizer:
+    """Without user tokens."""
+    return UserTokenizer.from_base(byte_tokenizer(), levels=0)
+
+
+@pytest.fixture(scope="session")
+def world() -> World:
+    return make_world()
+
+
+@pytest.fixture(scope="module")
+def rows(world, tokenizer) -> TaskRows:
+    return world.rows(tokenizer)

@@ -1,0 +1,98 @@
+"""Settings of the alignment tasks."""
+
+import json
+import math
+from dataclasses import dataclass, field
+
+from ..verbalizer import LETTERS
+from .records import TASKS
+
+EVALUATION_ORDERS = ("retriever", "shuffled")
+
+
+@dataclass
+class TaskArguments:
+    """How the rows of the alignment tasks are made.
+
+    Raises:
+        ValueError: a setting has a value that cannot be used; the message names the setting.
+    """
+
+    max_history: int = field(default=20, metadata={"help": "Newest history items shown in a prompt."})
+    num_candidates: int = field(
+        default=20, metadata={"help": "Candidates of a ranking row, 2 to 52 (one letter each, A-Z and a-z)."}
+    )
+    max_title_tokens: int = field(default=32, metadata={"help": "Longer titles are cut to this many tokens."})
+    max_length: int = field(
+        default=1024,
+        metadata={
+            "help": "Most tokens of prompt and completion together, the end token counted. A row that is longer loses "
+            "its oldest history first, never candidates or completion."
+        },
+    )
+    train_positions: int = field(
+        default=5, metadata={"help": "Newest positions of every user's train part that become training rows; 0 = all."}
+    )
+    hard_negatives: float = field(
+        default=0.5,
+        metadata={
+            "help": "Share of a training row's wrong candidates that come from the retriever; the rest are random."
+        },
+    )
+    mixture: dict[str, float] | str | None = field(
+        default_factory=lambda: dict.fromkeys(TASKS, 1.0),
+        metadata={
+            "help": "How much of each task is in the training mixture: 1 = every row once, 0.5 = half of the rows, 2 = "
+            f"every row twice; a task not named is left out. Tasks: {', '.join(TASKS)}. As JSON on the command line."
+        },
+    )
+    prompt_templates: str | None = field(
+        default=None, metadata={"help": "YAML file with other prompt templates; the package's own by default."}
+    )
+    evaluation_order: str = field(
+        default="retriever",
+        metadata={
+            "help": "Order of the candidates in validation and test: the retriever's, or shuffled by the seed.",
+            "choices": list(EVALUATION_ORDERS),
+        },
+    )
+    task_seed: int = field(default=42, metadata={"help": "Seed of negatives, orders and samples; at least 0."})
+
+    def __post_init__(self):
+        for name, least, most in (
+            ("max_history", 0, None),
+            ("num_candidates", 2, len(LETTERS)),
+            ("max_title_tokens", 1, None),
+            ("max_length", 1, None),
+            ("train_positions", 0, None),
+            ("task_seed", 0, None),
+        ):
+            value = getattr(self, name)
+            if type(value) is not int or value < least or (most is not None and value > most):
+                limit = f"at least {least}" if most is None else f"{least} to {most}"
+                raise ValueError(f"{name} is {value!r}; it must be a whole number of {limit}.")
+        if not 0 <= self.hard_negatives <= 1:
+            raise ValueError(f"hard_negatives is {self.hard_negatives!r}; it must be a share from 0 to 1.")
+        if self.evaluation_order not in EVALUATION_ORDERS:
+            raise ValueError(
+                f"evaluation_order is {self.evaluation_order!r}; it must be one of {', '.join(EVALUATION_ORDERS)}."
+            )
+        self.mixture = self._read_mixture()
+
+    def _read_mixture(self) -> dict[str, float]:
+        mixture = dict.fromkeys(TASKS, 1.0) if self.mixture is None else self.mixture
+        if isinstance(mixture, str):
+            try:
+                mixture = json.loads(mixture)
+            except json.JSONDecodeError:
+                raise ValueError(
+                    f'mixture is {mixture!r}; on the command line it must be JSON: {{"next_item": 1}}.'
+                ) from None
+        if not isinstance(mixture, dict) or not set(mixture) <= set(TASKS):
+            raise ValueError(f"mixture is {mixture!r}; it must give a number for some of {', '.join(TASKS)}.")
+        shares = mixture.values()
+        if not all(
+            isinstance(share, int | float) and math.isfinite(share) and share >= 0 for share in shares
+        ) or not any(shares):
+            raise ValueError(f"mixture is {mixture!r}; proportions are numbers of at least 0, not all of them 0.")
+        return mixture
