@@ -14,10 +14,9 @@ INPUTS = {"data": "fingerprint"}
 
 @pytest.fixture
 def sources(world, tokenizer, tmp_path) -> TaskSources:
-    paths = tmp_path / "retriever" / "candidates.parquet", tmp_path / "preferences" / "preferences.parquet"
-    for path, table in zip(paths, (world.candidates, world.preferences), strict=True):
-        write_table(path, table)
-    return TaskSources(world.data, *paths, world.users, tokenizer)
+    for name, table in (("candidates", world.candidates), ("preferences", world.preferences)):
+        write_table(tmp_path / ("retriever" if name == "candidates" else name) / f"{name}.parquet", table)
+    return TaskSources.of_run(tmp_path, world.data, world.users, tokenizer)
 
 
 def _files(folder):
@@ -29,8 +28,11 @@ def test_the_stage_holds_the_written_tasks_and_is_made_once(sources, rows, tmp_p
     folder = write_task_stage(task_args(), tmp_path / "tasks", sources, INPUTS)
     write_tasks(rows, tmp_path / "written")
     assert _files(folder) == _files(tmp_path / "written")
-    gone = replace(sources, candidates=tmp_path / "gone.parquet")
-    assert write_task_stage(task_args(), folder, gone, INPUTS) == folder  # reads no table
+
+    def read_again():
+        raise AssertionError
+
+    assert write_task_stage(task_args(), folder, replace(sources, candidates=read_again), INPUTS) == folder
 
 
 def test_only_some_configs_are_written(sources, tmp_path):
