@@ -1,4 +1,4 @@
-"""The README's own code blocks run, against a small run in place of the quickstart's."""
+"""The documentation's code blocks run, its commands and links exist, and the quickstart shows what README.md says."""
 
 import importlib.util
 import json
@@ -10,35 +10,76 @@ import pytest
 
 from tests.small_run import ROOT, environment
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "RESULTS.md"]
+RUN_BY_CI = PAGES[:-1]
 
 
-def test_the_python_blocks_run(run_folder, tmp_path):
-    blocks = re.findall(r"^```python\n(.*?)^```$", README, flags=re.M | re.S)
-    assert len(blocks) >= 3
+@pytest.fixture(scope="module")
+def blocks():
+    """The module .ci/readme.py."""
+    spec = importlib.util.spec_from_file_location("readme", ROOT / ".ci" / "readme.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def name(page) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_the_python_blocks_run(page, blocks, run_folder, tmp_path):
+    code = blocks.python_script(page.read_text(encoding="utf-8"), name(page))
+    if not code:
+        pytest.skip("no python block")
+    # whatever a block writes goes here; it may read a run, never change it
     (tmp_path / "output").mkdir()
     (tmp_path / "output" / "quickstart").symlink_to(run_folder)
-    script = tmp_path / "readme.py"
-    script.write_text(
-        "\n".join(blocks).replace('os.chdir("../../..")', f"os.chdir({str(tmp_path)!r})"), encoding="utf-8"
-    )
+    script = tmp_path / f"{page.stem}.py"
+    script.write_text(code, encoding="utf-8")
     done = subprocess.run(
-        [sys.executable, str(script)], cwd=tmp_path, env=environment(), capture_output=True, text=True
+        [sys.executable, str(script)], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "ocean stove" in done.stdout and "### Candidates:" in done.stdout
+    if page == README:
+        assert "<a_" in done.stdout and "ndcg@10" in done.stdout and "ocean stove" in done.stdout
 
 
-def test_every_console_block_is_a_command_that_exists():
-    spec = importlib.util.spec_from_file_location("readme", ROOT / ".ci" / "readme.py")
-    readme = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(readme)
-    blocks = readme.console_blocks(README)
-    commands = [command for _, commands in blocks for command in commands]
-    assert any("quickstart.yaml" in command for command in commands)
-    for command in commands:
-        for path in re.findall(r"recipes/\S+", command):
-            assert (ROOT / path).exists(), path
+def test_extending_shows_a_block_for_each_kind(blocks):
+    text = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+    shown = [body for _, info, body in blocks.fenced_blocks(text) if info[:1] == ["python"]]
+    for kind in ("RETRIEVERS", "TASKS", "EXTRACTORS", "READERS", "KINDS", "INDEXERS", "METRICS"):
+        assert any(kind in "\n".join(body) for body in shown), kind
+    assert max(map(len, shown)) <= 30
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_the_commands_name_files_that_exist(page, blocks):
+    for _, commands in blocks.console_blocks(page.read_text(encoding="utf-8"), name(page)):
+        for command in commands:
+            for path in re.findall(r"(?:recipes|benchmarks)/[\w./-]+", command):
+                assert (ROOT / path).exists(), path
+
+
+def test_ci_runs_the_readme_and_parses_long_commands(blocks, capsys):
+    blocks.main([str(page) for page in RUN_BY_CI])
+    run = capsys.readouterr().out
+    assert "recipes/configs/quickstart.yaml" in run and "benchmarks/" not in run and "pytest" in run
+    blocks.main(["--results", *map(str, PAGES)])
+    parsed = capsys.readouterr().out
+    assert "benchmarks/index_quality.py" in parsed and "pytest" not in parsed
+    assert subprocess.run(["bash", "-n"], input=run + parsed, text=True).returncode == 0
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_relative_links_point_at_files(page):
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    links = re.findall(r"\]\(([^)#\s]+)(?:#[\w-]*)?\)", text)
+    for link in links:
+        if "://" not in link:
+            assert (page.parent / link).exists(), link
+    assert page != README or {"docs/overview.svg", "docs/extending.md", "benchmarks/RESULTS.md"} <= set(links)
 
 
 def test_the_quickstart_shows_what_the_readme_says():
@@ -47,21 +88,21 @@ def test_the_quickstart_shows_what_the_readme_says():
     if not (report / "metrics.json").is_file():
         pytest.skip("the quickstart was not run here")
     rows = json.loads((report / "metrics.json").read_text(encoding="utf-8"))
-    measured = {(row["system"], row["scope"]): row for row in rows if row["split"] == "test"}
-    table = re.findall(r"^\| `(\w+)` \| ([\d.]+) \| [\d.]+-[\d.]+ \| ([\d.]+) \| ([\d.]+) \|$", README, flags=re.M)
-    assert {system for system, *_ in table} == {system for system, _ in measured}
-    for system, rank_ndcg, ndcg, recall in table:
-        # another processor rounds otherwise, and a tuning ends elsewhere
-        assert float(rank_ndcg) == pytest.approx(measured[system, "rank"]["ndcg@10"], abs=0.04), system
-        assert float(ndcg) == pytest.approx(measured[system, "overall"]["ndcg@10"], abs=0.04), system
-        assert float(recall) == pytest.approx(measured[system, "overall"]["recall@10"], abs=0.04), system
+    measured = {row["system"]: row["ndcg@10"] for row in rows if (row["split"], row["scope"]) == ("test", "rank")}
+    text = README.read_text(encoding="utf-8")
+    table = re.findall(r"^\| `(\w+)` \| [^|]+ \| ([\d.]+)(?: to ([\d.]+))? \|$", text, flags=re.M)
+    bands = {system: (float(low), float(high or low)) for system, low, high in table}
+    assert {"random", "retriever", "ulmrec", "ulmrec_no_index", "ulmrec_placebo"} <= set(bands) <= set(measured)
+    # what is printed is rounded; LRURec's training too ends elsewhere on another processor
+    slack = dict.fromkeys(bands, 0.005) | {"random": 0.0005, "retriever": 0.02}
+    for system, (low, high) in bands.items():
+        assert low - slack[system] <= measured[system] <= high + slack[system], system
     differences = {
-        (row["a"], row["b"]): row
+        (row["a"], row["b"]): (row["low"], row["high"])
         for row in json.loads((report / "comparisons.json").read_text(encoding="utf-8"))
         if (row["split"], row["scope"], row["metric"]) == ("test", "rank", "ndcg@10")
     }
-    assert differences["ulmrec", "retriever"]["low"] > 0
-    assert differences["ulmrec", "ulmrec_no_index"]["low"] > 0
-    assert differences["ulmrec", "ulmrec_placebo"]["low"] > 0
-    assert differences["ulmrec_placebo", "ulmrec_no_index"]["low"] <= 0
-    assert measured["ulmrec_index_only", "rank"]["ndcg@10"] >= 1.3 * measured["random", "rank"]["ndcg@10"]
+    assert differences["ulmrec", "ulmrec_no_index"][0] > 0
+    assert differences["ulmrec", "ulmrec_placebo"][0] > 0
+    low, high = differences["ulmrec_placebo", "ulmrec_no_index"]
+    assert low <= 0 <= high
