@@ -92,8 +92,8 @@ def raw_interactions(
             "item_id": [_ids(values) for values in found(columns, ALIASES["item_id"])],
             "timestamp": [pc.fill_null(time, 0) for time in times] if ordered else times,
             "rating": [_ratings(values, low, high) for values in found(columns, ALIASES["rating"])],
-            "summary": [texts(values) for values in found(columns, summary)],
-            "review": [texts(values) for values in found(columns, ALIASES["review"])],
+            "summary": [to_texts(values) for values in found(columns, summary)],
+            "review": [to_texts(values) for values in found(columns, ALIASES["review"])],
         }
         yield pa.record_batch(
             [_first(arrays[field.name], field.type, rows) for field in RAW_INTERACTIONS], schema=RAW_INTERACTIONS
@@ -112,14 +112,14 @@ def raw_items(chunks: Iterable[Columns], source: str) -> Iterator[pa.Table]:
         if number == 0:
             require(columns, ("item_id", "title"), source)
         rows = max(map(len, columns.values()), default=0)
-        title = _first([texts(values) for values in found(columns, ALIASES["title"])], pa.string(), rows)
+        title = _first([to_texts(values) for values in found(columns, ALIASES["title"])], pa.string(), rows)
         table = {
             "item_id": _first([_ids(values) for values in found(columns, ALIASES["item_id"])], pa.string(), rows),
             "title": pa.array([clean_title(text) for text in title.to_pylist()], pa.string()),
         }
         for name, values in columns.items():
             if name not in ("item", "item_id", "title"):
-                table[name] = texts(values)
+                table[name] = to_texts(values)
         yield pa.table(table)
 
 
@@ -155,7 +155,7 @@ def found(columns: Columns, names: Sequence[str]) -> Iterator[Any]:
     return (columns[name] for name in names if name in columns)
 
 
-def texts(values: Sequence[Any] | pa.Array) -> pa.Array:
+def to_texts(values: Sequence[Any] | pa.Array) -> pa.Array:
     """Any values as strings: lists of plain values joined by spaces, other nested values as JSON, NaN as null."""
     if isinstance(values, pa.Array):
         if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
@@ -168,7 +168,7 @@ def texts(values: Sequence[Any] | pa.Array) -> pa.Array:
 
 
 def to_text(value: Any) -> str | None:
-    """One value of `texts`."""
+    """One value of `to_texts`."""
     if value is None or value != value:
         return None
     if isinstance(value, list | tuple) and not any(isinstance(part, list | tuple | dict) for part in value):
@@ -189,7 +189,7 @@ def _first(arrays: list[pa.Array], kind: pa.DataType, rows: int) -> pa.Array:
 
 
 def _ids(values: Sequence[Any] | pa.Array) -> pa.Array:
-    names = texts(values)
+    names = to_texts(values)
     return pc.if_else(pc.equal(names, ""), pa.scalar(None, pa.string()), names)
 
 

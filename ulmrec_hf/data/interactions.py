@@ -9,8 +9,8 @@ import pyarrow as pa
 
 from ..tables import LeaveOneOut
 from .arguments import DataArguments
-from .columns import raw_interactions, raw_items, table_columns, texts
-from .readers import READERS, read_source, source_name
+from .columns import CHUNK, raw_interactions, raw_items, table_columns, to_texts
+from .readers import read_source, source_settings
 from .selection import TEXTS, Selection, log_summary, read_selection
 
 if TYPE_CHECKING:
@@ -53,7 +53,9 @@ class Interactions:
     def from_arrow(cls, table: pa.Table, titles: "Titles | None" = None) -> Self:
         """Takes the interactions of an Arrow table; see `from_pandas`."""
         items = None if titles is None else raw_items(table_columns(_title_table(titles)), "titles")
-        return cls._collect(raw_interactions(table_columns(table), "the table"), items, name="the table")
+        return cls._collect(
+            raw_interactions(table_columns(table), "the table"), items, name="the table", titles="titles"
+        )
 
     @classmethod
     def from_dataset(cls, dataset: "Dataset", titles: "Titles | None" = None) -> Self:
@@ -84,13 +86,15 @@ class Interactions:
 
     @classmethod
     def _read(cls, args: DataArguments) -> Self:
-        return cls._collect(*read_source(args), name=source_name(args), ordered=READERS[args.data_format].ordered)
+        return cls._collect(*read_source(args), **source_settings(args))
 
     @classmethod
     def _collect(cls, *source: Any, **settings: Any) -> Self:
         parts: list[pa.RecordBatch] = []
         selection = read_selection(*source, parts.append, **settings)
-        return cls(selection, pa.Table.from_batches(parts, TEXTS))
+        # an array of type string holds 2 GiB at most
+        large = pa.schema([(name, pa.large_string()) for name in TEXTS.names])
+        return cls(selection, pa.Table.from_batches(parts, TEXTS).cast(large).combine_chunks())
 
     def __len__(self) -> int:
         return len(self._selection.rows)
@@ -126,8 +130,13 @@ class Interactions:
         kept = self._selection if self.left_out["user_minimum"] else self._selection.k_core(0)
         numbered = kept.number()
         log_summary({**numbered.counts(), **kept.left_out})
+        interactions = []
+        for begin in range(0, len(numbered.rows), CHUNK):
+            part = slice(begin, begin + CHUNK)
+            texts = self._texts.take(pa.array(numbered.rows[part])).cast(TEXTS)
+            interactions.append(numbered.interactions(texts, part))
         tables = {
-            "interactions": numbered.interactions(self._texts.take(pa.array(numbered.rows))),
+            "interactions": pa.concat_tables(interactions),
             "items": numbered.catalogue,
             "sequences": numbered.sequences(),
         }
@@ -140,7 +149,7 @@ def _arrow_table(df: "pd.DataFrame") -> pa.Table:
         try:
             columns[str(name)] = pa.array(df[name], from_pandas=True)
         except pa.ArrowException:  # values of several types, such as ids that are numbers or text
-            columns[str(name)] = texts(df[name].astype(object).where(df[name].notna(), None).tolist())
+            columns[str(name)] = to_texts(df[name].astype(object).where(df[name].notna(), None).tolist())
     return pa.table(columns)
 
 
@@ -152,7 +161,7 @@ def _title_table(titles: "Titles") -> pa.Table:
     if isinstance(titles, pd.Series):
         return _arrow_table(pd.DataFrame({"item_id": titles.index, "title": titles.array}))
     if isinstance(titles, Mapping):
-        return pa.table({"item_id": texts(list(titles)), "title": texts(list(titles.values()))})
+        return pa.table({"item_id": to_texts(list(titles)), "title": to_texts(list(titles.values()))})
     if isinstance(titles, pa.Table):
         return titles
     raise ValueError(

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
@@ -56,7 +56,7 @@ def read_source(args: "DataArguments") -> tuple[Iterator[pa.RecordBatch], Iterat
     if reader.generate is None:
         return read_interactions(args), read_items(args) if args.items else None
     interactions, items = reader.generate(args.synthetic_users, args.synthetic_seed)
-    name = source_name(args)
+    name = _name(args)
     return raw_interactions(table_columns(interactions), name), raw_items(table_columns(items), name)
 
 
@@ -91,8 +91,12 @@ def check_source(args: "DataArguments") -> None:
         _check(_item_reader(args), args.items, "items")
 
 
-def source_name(args: "DataArguments") -> str:
-    """What errors call a source."""
+def source_settings(args: "DataArguments") -> dict[str, Any]:
+    """What `selection.read_selection` has to know of a source: what errors call it, and whether it is in order."""
+    return {"name": _name(args), "titles": args.items, "ordered": READERS[args.data_format].ordered}
+
+
+def _name(args: "DataArguments") -> str:
     return args.interactions or f"the {args.data_format} data"
 
 

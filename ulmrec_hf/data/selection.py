@@ -177,6 +177,7 @@ def read_selection(
     keep_texts: Callable[[pa.RecordBatch], Any],
     *,
     name: str,
+    titles: str | None = None,
     ordered: bool = False,
 ) -> Selection:
     """Reads a source: drops interactions without user, item or time, of untitled items, and repeated pairs.
@@ -188,6 +189,7 @@ def read_selection(
         catalogues: tables of items; without them, an item's id is its title.
         keep_texts: takes batches of schema `TEXTS`, one for each of `batches`, with its complete interactions.
         name: what errors call the source.
+        titles: what errors call the source of the items.
         ordered: whether the order of the source is the order in time.
 
     Raises:
@@ -199,8 +201,8 @@ def read_selection(
     catalogue = _catalogue(catalogues, item_ids)
     if not len(catalogue):
         raise ValueError(
-            f"No items are left: none of the {len(item_ids):,} items in {name} has a title. Check that interactions "
-            "and titles are of the same category and release, or leave the titles out."
+            f"No items are left: none of the {len(item_ids):,} items in {name} has a title in {titles}. Check that "
+            "both are of the same category and release, or leave the titles out."
         )
     titled = np.zeros(len(item_ids), bool)
     titled[catalogue["code"].to_numpy()] = True

@@ -21,7 +21,7 @@ from ..files import hash_file, write_json, write_table
 from ..stages import run_stage
 from ..tables import INTERACTIONS
 from .arguments import DataArguments
-from .readers import READERS, check_source, read_source, source_name
+from .readers import READERS, check_source, read_source, source_settings
 from .selection import TEXTS, Numbered, Selection, log_summary, read_selection
 
 BUCKET_ROWS = 2**17  # interactions sorted in memory at a time
@@ -87,8 +87,7 @@ def _read(args: DataArguments, texts: Path) -> Selection:
             writer.write_batch(batch)
             progress.update(len(batch))
 
-        ordered = READERS[args.data_format].ordered
-        return read_selection(*read_source(args), put_aside, name=source_name(args), ordered=ordered)
+        return read_selection(*read_source(args), put_aside, **source_settings(args))
 
 
 def _write_interactions(path: Path, work: Path, numbered: Numbered) -> int:
