@@ -9,6 +9,7 @@ from ulmrec_hf.data.arguments import DataArguments, StageArguments
 from ulmrec_hf.data.stage import prepare_data
 from ulmrec_hf.preferences.arguments import PreferenceArguments
 from ulmrec_hf.preferences.stage import extract_preferences
+from ulmrec_hf.tables import LeaveOneOut
 
 
 def make_parser() -> TrlParser:
@@ -16,9 +17,10 @@ def make_parser() -> TrlParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    preferences, data, stage = make_parser().parse_args_and_config(argv)
-    data_folder = prepare_data(data, stage.output_dir, overwrite=stage.overwrite)
-    folder = extract_preferences(preferences, data_folder, stage.output_dir, overwrite=stage.overwrite)
+    preference_args, data_args, stage_args = make_parser().parse_args_and_config(argv)
+    output_dir, overwrite = stage_args.output_dir, stage_args.overwrite
+    data = LeaveOneOut.load(prepare_data(data_args, output_dir, overwrite=overwrite))
+    folder = extract_preferences(preference_args, data, output_dir, overwrite=overwrite)
     print(f"Preferences: {folder / 'preferences.parquet'}")
 
 

@@ -1,4 +1,4 @@
-"""A finished data stage of users with a plain taste, written by hand: what the later stages read."""
+"""Data of users with a plain taste, made by hand, in memory or as a finished data stage."""
 
 from pathlib import Path
 
@@ -16,13 +16,21 @@ TASTES = (
 WORDS = ("works", "arrived", "box", "today", "nice", "really", "thing", "again", "price", "colour")
 
 
-def write_data_stage(
-    folder: Path, users: int = 60, *, reviews: bool = True, other_held_out: bool = False, silent: tuple = ()
-) -> Path:
-    """Writes interactions, items and sequences.
+def write_data_stage(folder: Path, users: int = 60, *, other_held_out: bool = False, **settings) -> Path:
+    """Writes `data_tables` of these settings as a data stage."""
+    for name, table in data_tables(users, other_held_out=other_held_out, **settings).items():
+        write_table(folder / f"{name}.parquet", table)
+    write_json(folder / "stage.json", {"settings": {}, "inputs": {}, "fingerprint": f"made by hand {other_held_out}"})
+    return folder
+
+
+def data_tables(
+    users: int = 60, *, reviews: bool = True, other_held_out: bool = False, silent: tuple = ()
+) -> dict[str, pa.Table]:
+    """Interactions, items and sequences, as `LeaveOneOut` takes them.
 
     Args:
-        reviews: give every interaction a review that tells of its user's taste; without, there are titles only.
+        reviews: give every interaction a review that expresses its user's taste; without, there are titles only.
         other_held_out: other items and texts for the last two interactions of every user; all else is the same.
         silent: users whose reviews are empty.
     """
@@ -40,29 +48,28 @@ def write_data_stage(
             )
             if other_held_out and position >= len(items) - 2:
                 said = "zebra xylophone secret"
-            told = reviews and user not in silent
+            speaks = reviews and user not in silent
             values = (
                 user,
                 f"user{user:04d}",
                 item,
                 f"item{item:04d}",
-                "Fine" if taste and told else None,
-                said if told else None,
+                "Fine" if taste and speaks else None,
+                said if speaks else None,
             )
             for column, value in zip(rows.values(), values, strict=True):
                 column.append(value)
         lists.append(items)
     types = [pa.int32(), pa.string(), pa.int32(), pa.string(), pa.string(), pa.string()]
     columns = {name: pa.array(column, kind) for (name, column), kind in zip(rows.items(), types, strict=True)}
-    write_table(folder / "interactions.parquet", pa.table(columns))
-    numbers = range(1, len(titles) + 1)
-    items = {"item": pa.array(numbers, pa.int32()), "item_id": [f"item{item:04d}" for item in numbers], "title": titles}
-    write_table(folder / "items.parquet", pa.table(items))
+    items = {
+        "item": pa.array(range(1, len(titles) + 1), pa.int32()),
+        "item_id": [f"item{item:04d}" for item in range(1, len(titles) + 1)],
+        "title": titles,
+    }
     sequences = {
         "user": pa.array(range(users), pa.int32()),
         "user_id": [f"user{user:04d}" for user in range(users)],
         "items": pa.array(lists, pa.list_(pa.int32())),
     }
-    write_table(folder / "sequences.parquet", pa.table(sequences))
-    write_json(folder / "stage.json", {"settings": {}, "inputs": {}, "fingerprint": f"made by hand {other_held_out}"})
-    return folder
+    return {"interactions": pa.table(columns), "items": pa.table(items), "sequences": pa.table(sequences)}

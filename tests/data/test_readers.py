@@ -7,8 +7,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ulmrec_hf.data.arguments import DATA_FORMATS, DataArguments
-from ulmrec_hf.data.readers import INTERACTIONS, check_source, clean_title, read_interactions, read_items
+from ulmrec_hf.data.arguments import DataArguments
+from ulmrec_hf.data.columns import RAW_INTERACTIONS, clean_title
+from ulmrec_hf.data.interactions import Interactions
+from ulmrec_hf.data.readers import READERS, Reader, check_source, read_interactions, read_items
+from ulmrec_hf.data.stage import prepare_data
 
 ROW_2014 = {
     "reviewerID": "u",
@@ -41,7 +44,7 @@ def write_lines(path, rows):
 
 def interactions(path, data_format="amazon", **kwargs):
     batches = list(read_interactions(DataArguments(data_format=data_format, interactions=str(path), **kwargs)))
-    assert all(batch.schema == INTERACTIONS for batch in batches)
+    assert all(batch.schema == RAW_INTERACTIONS for batch in batches)
     return [row for batch in batches for row in batch.to_pylist()]
 
 
@@ -249,7 +252,7 @@ def test_packed_csv_and_integer_ids(tmp_path):
     path = tmp_path / "data.csv.gz"
     path.write_bytes(gzip.compress(b"user_id,item_id,timestamp\r\n7,8,9\r\n"))
     row = interactions(path, "csv")[0]
-    assert row == {**dict.fromkeys(INTERACTIONS.names), "user_id": "7", "item_id": "8", "timestamp": 9}
+    assert row == {**dict.fromkeys(RAW_INTERACTIONS.names), "user_id": "7", "item_id": "8", "timestamp": 9}
 
 
 def test_parquet_types(tmp_path):
@@ -294,7 +297,7 @@ def test_bad_parquet(tmp_path):
 
 def test_hub_dataset_that_is_not_there(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"interactions: the dataset .*empty.* cannot be loaded"):
+    with pytest.raises(ValueError, match=r"the dataset .*empty.* cannot be loaded"):
         interactions(tmp_path / "empty", "hub")
 
 
@@ -356,4 +359,23 @@ def test_bad_settings(settings, error):
 def test_settings_have_help():
     fields = DataArguments.__dataclass_fields__.values()
     assert all(field.metadata["help"] for field in fields)
-    assert all(name in DataArguments.__dataclass_fields__["data_format"].metadata["help"] for name in DATA_FORMATS)
+    assert all(name in DataArguments.__dataclass_fields__["data_format"].metadata["help"] for name in READERS)
+
+
+def test_a_format_from_outside_the_package(tmp_path, monkeypatch):
+    monkeypatch.setattr(READERS, "_entries", dict(READERS._entries))  # so that no other test finds it
+
+    def toy_columns(path):
+        with open(path, encoding="utf-8") as file:
+            rows = [line.split() for line in file]
+        yield dict(zip(("user_id", "item_id", "timestamp"), zip(*rows, strict=True), strict=True))
+
+    READERS.register("toy")(Reader(toy_columns))
+
+    path = tmp_path / "purchases.txt"
+    path.write_text("".join(f"user{user} item{item} {item}\n" for user in range(3) for item in range(4)))
+    folder = prepare_data(DataArguments(data_format="toy", interactions=str(path), k_core=0), tmp_path)
+    assert pq.read_table(folder / "sequences.parquet")["items"].to_pylist() == [[1, 2, 3, 4]] * 3
+    assert len(Interactions.read(path, "toy")) == 12
+    with pytest.raises(ValueError, match=r"data_format is .xml.; it must be one of .*, toy"):
+        Interactions.read(path, "xml")

@@ -9,9 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ulmrec_hf.data import prepare
+from ulmrec_hf.data import stage
 from ulmrec_hf.data.arguments import DataArguments
-from ulmrec_hf.data.stage import k_core, load_items, load_sequences, prepare_data
+from ulmrec_hf.data.selection import k_core
+from ulmrec_hf.data.stage import prepare_data
+from ulmrec_hf.tables import INTERACTIONS
 
 FILES = ("interactions.parquet", "items.parquet", "sequences.parquet", "summary.json", "stage.json")
 
@@ -75,7 +77,7 @@ def expected_rows(rows, k):
 
 @pytest.mark.parametrize("k", [0, 2, 4, 5])
 def test_equals_plain_python(tmp_path, k, monkeypatch):
-    monkeypatch.setattr(prepare, "BUCKET_ROWS", 37)  # many buckets
+    monkeypatch.setattr(stage, "BUCKET_ROWS", 37)  # many buckets
     rows = random_reviews(900, 90, 60)
     folder = prepare_data(amazon(tmp_path, rows, k_core=k), tmp_path / "out")
     found = table(folder).select(["user_id", "item_id", "timestamp", "review"]).to_pylist()
@@ -86,8 +88,8 @@ def test_equals_plain_python(tmp_path, k, monkeypatch):
 def test_tables_agree(tmp_path):
     folder = prepare_data(amazon(tmp_path, random_reviews(600, 60, 40), k_core=3), tmp_path / "out")
     assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
-    interactions, sequences, items = table(folder), load_sequences(folder), load_items(folder)
-    assert interactions.schema.equals(prepare.TABLE)
+    interactions, sequences, items = table(folder), table(folder, "sequences"), table(folder, "items")
+    assert interactions.schema.equals(INTERACTIONS)
     assert sequences.schema.types == [
         pa.int32(),
         pa.string(),
@@ -130,8 +132,8 @@ def test_untitled_items_go_before_the_core(tmp_path, caplog):
     titles = [("a", "A &amp; <b>1</b>"), ("b", ""), ("b", "B"), ("b", "other"), ("c", "C"), ("untitled", "<br>")]
     titles.append(("never bought", "X"))
     folder = prepare_data(amazon(tmp_path, rows, titles, k_core=3), tmp_path / "out")
-    assert load_items(folder)["title"].to_pylist() == ["A & 1", "B", "C"]
-    assert load_sequences(folder)["user_id"].to_pylist() == ["u0", "u1", "u2"]
+    assert table(folder, "items")["title"].to_pylist() == ["A & 1", "B", "C"]
+    assert table(folder, "sequences")["user_id"].to_pylist() == ["u0", "u1", "u2"]
     counts = summary(folder)
     assert (counts["untitled_items"], counts["untitled_interactions"], counts["users_below_minimum"]) == (1, 1, 1)
     assert "1 interactions of 1 items without a title; 2 interactions of 1 users with fewer than 3" in caplog.text
@@ -148,7 +150,7 @@ def test_what_else_the_items_have(tmp_path):
             {"asin": "b", "title": "B"},
         ],
     )
-    items = load_items(prepare_data(args, tmp_path / "out"))
+    items = table(prepare_data(args, tmp_path / "out"), "items")
     assert items.column_names == ["item", "item_id", "title", "brand", "asin"]
     assert items["item"].to_pylist() == [1, 2, 3] and items["title"].to_pylist() == ["A", "B", "C"]
     assert items["brand"].to_pylist() == [None, None, "x"]
@@ -157,13 +159,13 @@ def test_what_else_the_items_have(tmp_path):
 def test_users_too_short_to_split_go_whatever_k(tmp_path):
     rows = [review("long", item, 1) for item in "abc"] + [review("short", item, 1) for item in "ad"]
     folder = prepare_data(amazon(tmp_path, rows, k_core=0), tmp_path / "out")
-    assert load_sequences(folder)["user_id"].to_pylist() == ["long"]
-    assert load_items(folder)["item_id"].to_pylist() == ["a", "b", "c"]
+    assert table(folder, "sequences")["user_id"].to_pylist() == ["long"]
+    assert table(folder, "items")["item_id"].to_pylist() == ["a", "b", "c"]
     counts = summary(folder)
     assert (counts["users_below_minimum"], counts["items_below_minimum"], counts["user_minimum"]) == (1, 1, 3)
 
 
-def test_told_counts(tmp_path, caplog):
+def test_logged_counts(tmp_path, caplog):
     rows = [review("u", item, 1, rating="bad", text=" ") for item in "abc"]
     rows += [{"reviewerID": "u", "asin": "d"}, {"asin": "d", "unixReviewTime": 1}]
     with caplog.at_level(logging.INFO):
@@ -173,7 +175,7 @@ def test_told_counts(tmp_path, caplog):
     assert (counts["unknown_ratings"], counts["empty_reviews"]) == (3, 3)
     for text in ("1 users, 3 items, 3 interactions", "2 rows without user", "3 of 3 ratings", "id serves as its title"):
         assert text in caplog.text
-    assert load_items(folder)["title"].to_pylist() == ["a", "b", "c"]
+    assert table(folder, "items")["title"].to_pylist() == ["a", "b", "c"]
     assert table(folder)["review"].to_pylist() == [" "] * 3
 
 
@@ -184,7 +186,7 @@ def test_sequences_keep_order(tmp_path):
     ]
     args = DataArguments(data_format="sequences", interactions=write_lines(tmp_path / "s.jsonl", rows), k_core=0)
     folder = prepare_data(args, tmp_path / "out")
-    sequences = load_sequences(folder).to_pylist()
+    sequences = table(folder, "sequences").to_pylist()
     assert [row["items"] for row in sequences] == [[1, 2, 3], [4, 3, 2, 1]]
     assert sequences[1]["timestamps"] == [4, 3, 2, 1] and sequences[1]["ratings"] == [None, 2, 3, 4]
     assert summary(folder)["repeated_interactions"] == 1
@@ -289,7 +291,7 @@ def test_synthetic(tmp_path):
     for name in FILES:
         assert (first / name).read_bytes() == (second / name).read_bytes(), name
     assert summary(first)["users"] == 60
-    assert "".join(load_items(first)["title"].to_pylist())
+    assert "".join(table(first, "items")["title"].to_pylist())
 
 
 @pytest.mark.data
@@ -303,8 +305,8 @@ def test_beauty(shared, tmp_path):
     folder = prepare_data(args, tmp_path)
     counts = summary(folder)
     assert (counts["users"], counts["items"], counts["interactions"]) == (22_332, 12_086, 198_215)
-    ids = dict(zip(*(load_items(folder)[name].to_pylist() for name in ("item", "item_id")), strict=True))
-    sequences = load_sequences(folder)
+    ids = dict(zip(*(table(folder, "items")[name].to_pylist() for name in ("item", "item_id")), strict=True))
+    sequences = table(folder, "sequences")
     users, sequence_items = (sequences[name].to_pylist() for name in ("user_id", "items"))
     found = {user: [ids[item] for item in items] for user, items in zip(users, sequence_items, strict=True)}
     with gzip.open(source / "sequences.jsonl.gz", "rt", encoding="utf-8") as file:
@@ -325,7 +327,7 @@ def test_gift_cards(shared, tmp_path):
     counts = summary(folder)
     assert (counts["users"], counts["items"], counts["interactions"]) == (453, 147, 2_941)
     assert counts["repeated_interactions"] == 7
-    assert all(load_items(folder)["title"].to_pylist())
+    assert all(table(folder, "items")["title"].to_pylist())
 
 
 @pytest.mark.data
@@ -335,5 +337,5 @@ def test_musical_instruments_without_items(shared, tmp_path, caplog):
     counts = summary(folder)
     assert (counts["users"], counts["items"], counts["interactions"]) == (1_429, 900, 10_261)
     assert counts["empty_reviews"] == 7
-    assert load_items(folder)["title"].equals(load_items(folder)["item_id"])
-    assert "No items file is given" in caplog.text
+    assert table(folder, "items")["title"].equals(table(folder, "items")["item_id"])
+    assert "No titles are given" in caplog.text

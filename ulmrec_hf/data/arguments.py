@@ -3,8 +3,7 @@
 from dataclasses import dataclass, field
 
 from ..stages import check_types
-
-DATA_FORMATS = ("amazon", "csv", "jsonl", "parquet", "hub", "sequences", "synthetic")
+from .readers import READERS
 
 
 @dataclass
@@ -42,17 +41,16 @@ class DataArguments:
 
     def __post_init__(self):
         check_types(self)
-        if self.data_format not in DATA_FORMATS:
-            raise ValueError(f"data_format is {self.data_format!r}; it must be one of {', '.join(DATA_FORMATS)}.")
+        reader = READERS[READERS.check(self.data_format)]
         for name, least in (("k_core", 0), ("synthetic_users", 1), ("synthetic_seed", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
-        if self.data_format == "synthetic":
+        if reader.generate is not None:
             for name in ("interactions", "items"):
                 if getattr(self, name) is not None:
                     raise ValueError(
-                        f"{name} is {getattr(self, name)!r}, but data_format is 'synthetic', which reads no file: "
-                        "set data_format to what the file is."
+                        f"{name} is {getattr(self, name)!r}, but data_format is {self.data_format!r}, which reads no "
+                        "file: set data_format to what the file is."
                     )
         elif not self.interactions:
             raise ValueError(f"data_format is {self.data_format!r}, but interactions is not set: name what to read.")

@@ -1,17 +1,19 @@
-"""The toy world: users with a hidden taste, items whose titles show it, reviews that tell of it in plain English.
+"""The toy world: users with a hidden taste, items whose titles show it, reviews that express it in plain English.
 
 A purchase follows two laws. The *sequence* law picks what kind of thing comes next (a tent, then a lantern), the
 *taste* law which style of it (an ocean one, a budget one). Young customers follow the crowd: what they buy says
-little of their taste, but their reviews tell it all the same. Later purchases, the held-out ones among them, follow
-taste. So two users with the same history go on to choose differently, and what they wrote, hence the user index, is
-what can tell.
-The taste itself is in no column.
+little of their taste, but their reviews express it all the same. Later purchases, the held-out ones among them, follow
+taste. So two users with the same history go on to choose differently, and only what they wrote, hence the user index,
+shows the difference. The taste itself is in no column.
 """
 
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
+
+from .columns import RAW_INTERACTIONS
 
 # What a style is called in a title, and the words a reviewer uses for it: prices, qualities, themes.
 STYLES = {
@@ -102,49 +104,50 @@ def synthetic_interactions(
             "title": [f"{styles[style]} {kind}" for kind, row in zip(KINDS, offered, strict=True) for style in row],
         }
     )
-    successor = np.array([KINDS.index(NEXT_KIND[kind]) for kind in KINDS])
-    columns: dict[str, list] = {name: [] for name in ("user_id", "item_id", "timestamp", "rating", "summary", "review")}
+    columns: dict[str, list] = {name: [] for name in RAW_INTERACTIONS.names}
     width = len(str(num_users - 1))
     for user in range(num_users):
         taste = int(rng.integers(len(styles)))
-        purchases = int(rng.integers(world.min_purchases, world.max_purchases + 1))
-        kind = int(rng.integers(len(KINDS)))
-        time = 1_600_000_000 + int(rng.integers(30_000_000))
-        bought: set[tuple[int, int]] = set()
-        for purchase in range(purchases):
-            if purchase:
-                follows = rng.random() < world.next_kind_probability
-                kind = int(successor[kind]) if follows else int(rng.integers(len(KINDS)))
-            utility = popularity[kind].copy()
-            if purchase >= purchases - world.own_taste_purchases:
-                utility += world.taste_weight * (offered[kind] == taste)
-            utility[[place for other, place in bought if other == kind]] = -np.inf  # nobody buys the same twice
-            weights = np.exp(utility - utility.max())
-            place = int(rng.choice(len(weights), p=weights / weights.sum()))
-            bought.add((kind, place))
-            time += int(rng.integers(86_400, 30 * 86_400))
-            liked = bool(offered[kind, place] == taste) or rng.random() < 0.2
-            summaries, remarks = (
-                (LIKED_SUMMARIES, LIKED_SENTENCES) if liked else (DISLIKED_SUMMARIES, DISLIKED_SENTENCES)
-            )
-            words = STYLES[styles[taste]]
-            sentence = TASTE_SENTENCES[rng.integers(len(TASTE_SENTENCES))].format(style=words[rng.integers(len(words))])
-            columns["user_id"].append(f"user-{user:0{width}d}")
-            columns["item_id"].append(item_ids[kind][place])
-            columns["timestamp"].append(time)
-            columns["rating"].append(float((4 if liked else 2) + rng.integers(2)))
-            columns["summary"].append(summaries[rng.integers(len(summaries))])
-            columns["review"].append(f"{remarks[rng.integers(len(remarks))].format(kind=KINDS[kind])} {sentence}")
-    interactions = pa.table(columns).cast(
-        pa.schema(
-            [
-                ("user_id", pa.string()),
-                ("item_id", pa.string()),
-                ("timestamp", pa.int64()),
-                ("rating", pa.float32()),
-                ("summary", pa.string()),
-                ("review", pa.string()),
-            ]
-        )
-    )
-    return interactions, items
+        for kind, place, time in _purchases(rng, world, offered, popularity, taste):
+            rating, summary, review = _opinion(rng, kind, taste, matches=bool(offered[kind, place] == taste))
+            values = (f"user-{user:0{width}d}", item_ids[kind][place], time, rating, summary, review)
+            for column, value in zip(columns.values(), values, strict=True):
+                column.append(value)
+    return pa.table(columns, RAW_INTERACTIONS), items
+
+
+def _purchases(
+    rng: np.random.Generator, world: ToyWorld, offered: np.ndarray, popularity: np.ndarray, taste: int
+) -> Iterator[tuple[int, int, int]]:
+    """One user's purchases: kind, place of the style among those of the kind, time.
+
+    The caller draws from `rng` between them.
+    """
+    purchases = int(rng.integers(world.min_purchases, world.max_purchases + 1))
+    kind = int(rng.integers(len(KINDS)))
+    time = 1_600_000_000 + int(rng.integers(30_000_000))
+    bought: set[tuple[int, int]] = set()
+    for purchase in range(purchases):
+        if purchase:
+            follows = rng.random() < world.next_kind_probability
+            kind = KINDS.index(NEXT_KIND[KINDS[kind]]) if follows else int(rng.integers(len(KINDS)))
+        utility = popularity[kind].copy()
+        if purchase >= purchases - world.own_taste_purchases:
+            utility += world.taste_weight * (offered[kind] == taste)
+        utility[[place for other, place in bought if other == kind]] = -np.inf  # nobody buys the same twice
+        weights = np.exp(utility - utility.max())
+        place = int(rng.choice(len(weights), p=weights / weights.sum()))
+        bought.add((kind, place))
+        time += int(rng.integers(86_400, 30 * 86_400))
+        yield kind, place, time
+
+
+def _opinion(rng: np.random.Generator, kind: int, taste: int, *, matches: bool) -> tuple[float, str, str]:
+    """Rating, summary and review of a purchase."""
+    liked = matches or rng.random() < 0.2
+    summaries, remarks = (LIKED_SUMMARIES, LIKED_SENTENCES) if liked else (DISLIKED_SUMMARIES, DISLIKED_SENTENCES)
+    words = list(STYLES.values())[taste]
+    sentence = TASTE_SENTENCES[rng.integers(len(TASTE_SENTENCES))].format(style=words[rng.integers(len(words))])
+    rating = float((4 if liked else 2) + rng.integers(2))
+    summary = summaries[rng.integers(len(summaries))]
+    return rating, summary, f"{remarks[rng.integers(len(remarks))].format(kind=KINDS[kind])} {sentence}"

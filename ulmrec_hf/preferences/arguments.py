@@ -3,8 +3,7 @@
 from dataclasses import dataclass, field
 
 from ..stages import check_types
-
-EVIDENCE = ("train", "all")
+from .base import EXTRACTORS, check_rows
 
 
 @dataclass
@@ -36,9 +35,7 @@ class PreferenceArguments:
 
     def __post_init__(self):
         check_types(self)
+        EXTRACTORS.check(self.extractor)
         if self.num_phrases < 1:
             raise ValueError(f"num_phrases is {self.num_phrases}; it must be at least 1.")
-        if self.train_positions < 0:
-            raise ValueError(f"train_positions is {self.train_positions}; it must be 0 (all) or more.")
-        if self.evidence not in EVIDENCE:
-            raise ValueError(f"evidence is {self.evidence!r}; it must be one of {', '.join(EVIDENCE)}.")
+        check_rows(self.train_positions, self.evidence)

@@ -1,48 +1,34 @@
 """Preferences as key phrases: the words and word pairs that tell a user's texts from everybody else's."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Self
 
 import numpy as np
 
-NO_PREFERENCE = "(none)"
+from .arguments import PreferenceArguments
+from .base import NO_PREFERENCE, PreferenceExtractor
 
 
-class PreferenceExtractor(ABC):
-    """What turns users' texts into preferences.
-
-    Attributes:
-        name: its value of the setting `extractor`.
-        model: the model it asks, None without one.
-        prompt_hash: hash of the prompt it asks with, None without one.
-    """
-
-    name: str
-    model: str | None = None
-    prompt_hash: str | None = None
-
-    def fit(self, texts: Sequence[str]) -> "PreferenceExtractor":
-        """Learns from the texts of the train part whatever the extractor has to learn; nothing by default."""
-        return self
-
-    @abstractmethod
-    def extract(self, texts_per_user: Sequence[Sequence[str]]) -> list[str]:
-        """One preference for each list of texts, `(none)` where they say nothing."""
-
-
-class KeyPhraseExtractor(PreferenceExtractor):
+class KeyPhrases(PreferenceExtractor):
     """The words and word pairs of highest TF-IDF, best first, joined by commas; deterministic.
 
     Args:
         num_phrases: phrases in a preference at most.
+
+    Raises:
+        ValueError: `num_phrases` is below 1.
     """
 
     name = "key_phrases"
 
     def __init__(self, num_phrases: int = 6):
-        self.num_phrases = num_phrases
+        self.num_phrases = PreferenceArguments(num_phrases=num_phrases).num_phrases  # checks it
 
-    def fit(self, texts: Sequence[str]) -> "KeyPhraseExtractor":
+    @classmethod
+    def from_arguments(cls, args: PreferenceArguments) -> Self:
+        return cls(args.num_phrases)
+
+    def fit(self, texts: Sequence[str]) -> Self:
         """Counts in how many of the texts each phrase occurs.
 
         Raises:
@@ -62,9 +48,9 @@ class KeyPhraseExtractor(PreferenceExtractor):
         self._idf = (np.log((1 + len(texts)) / (1 + occurrences)) + 1).astype(np.float32)
         self._phrases = self._vectorizer.get_feature_names_out().tolist()
         self._words = [frozenset(phrase.split()) for phrase in self._phrases]
-        return self
+        return super().fit(texts)
 
-    def extract(self, texts_per_user: Sequence[Sequence[str]]) -> list[str]:
+    def describe(self, texts_per_user: Sequence[Sequence[str]]) -> list[str]:
         from scipy.sparse import csr_matrix
 
         rows: dict[str, int] = {}  # a text that occurs for several users is counted once

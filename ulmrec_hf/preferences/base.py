@@ -1,0 +1,128 @@
+"""What extracts preferences: what every extractor shares, and the registry of them."""
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+import pyarrow as pa
+
+from ..protocol import target_positions
+from ..registry import Registry
+from ..tables import PREFERENCES, LeaveOneOut, UserTexts
+
+if TYPE_CHECKING:
+    from .arguments import PreferenceArguments
+
+logger = logging.getLogger(__name__)
+NO_PREFERENCE = "(none)"
+EVIDENCE = ("train", "all")
+EXTRACTORS = Registry("extractor", key_phrases="ulmrec_hf.preferences.key_phrases:KeyPhrases")
+_BATCH = 16_384  # rows described at a time
+
+
+class PreferenceExtractor(ABC):
+    """Turns users' texts into preferences. A subclass has a `name` and `describe`; `fit` where it has to learn.
+
+    Attributes:
+        name: its name in `EXTRACTORS`.
+        model: the model it asks, None without one.
+        prompt_hash: hash of the prompt it asks with, None without one.
+        fitted: whether `fit` has been called.
+    """
+
+    name: str
+    model: str | None = None
+    prompt_hash: str | None = None
+    fitted: bool = False
+
+    @classmethod
+    def from_arguments(cls, args: "PreferenceArguments") -> Self:
+        """Makes the extractor with the stage's settings; by default it has none."""
+        return cls()
+
+    def fit(self, texts: Sequence[str]) -> Self:
+        """Learns what there is to learn from the texts of the train part; a subclass ends by calling this one."""
+        self.fitted = True
+        return self
+
+    @abstractmethod
+    def describe(self, texts_per_user: Sequence[Sequence[str]]) -> list[str]:
+        """One preference for each list of texts, `NO_PREFERENCE` where they say nothing."""
+
+    def extract(self, data: LeaveOneOut, *, train_positions: int = 0, evidence: str = "train") -> pa.Table:
+        """The preferences that prompts may show, by user and position; an extractor that is not fitted is fitted first.
+
+        `position` = length of the train part is for validation and test and is made from all of the train part; each
+        training target 1 <= `position` < that is described by the interactions before it alone.
+
+        Args:
+            data: the users' texts: reviews, or titles where there are none.
+            train_positions: for how many of a user's newest training targets there is a row; 0 = for all.
+            evidence: "train", or "all": everything a user wrote, the test target included, whatever the position.
+
+        Returns:
+            A table of schema `PREFERENCES`.
+
+        Raises:
+            ValueError: a setting has a value that cannot be used.
+        """
+        batches = self.batches(data, train_positions=train_positions, evidence=evidence)
+        return pa.Table.from_batches(batches, PREFERENCES)
+
+    def batches(
+        self, data: LeaveOneOut, *, train_positions: int = 0, evidence: str = "train"
+    ) -> Iterator[pa.RecordBatch]:
+        """The rows of `extract` in batches, so that memory need not hold them all."""
+        check_rows(train_positions, evidence)
+        train = data.texts()
+        if not self.fitted:
+            self.fit([train.texts[text] for text in train.text_ids if text >= 0])
+        shown = train if evidence == "train" else data.texts(train.kind, train_only=False)
+        users, positions = _rows(data.sequences.lengths, train_positions)
+        empty = 0
+        for begin in range(0, len(users), _BATCH):
+            part = slice(begin, begin + _BATCH)
+            preferences = self._describe_rows(shown, users[part], positions[part], evidence)
+            empty += preferences.count(NO_PREFERENCE)
+            count = len(preferences)
+            columns = {
+                "user": users[part],
+                "user_id": [train.user_ids[user] for user in users[part]],
+                "position": positions[part],
+                "preference": preferences,
+                "evidence": [evidence] * count,
+                "extractor": [self.name] * count,
+                "model": [self.model] * count,
+                "prompt_hash": [self.prompt_hash] * count,
+            }
+            yield pa.RecordBatch.from_pydict(columns, PREFERENCES)
+        if empty:
+            logger.warning(
+                "%d preferences are %s: their users have no words before that position", empty, NO_PREFERENCE
+            )
+
+    def _describe_rows(self, shown: UserTexts, users: np.ndarray, positions: np.ndarray, evidence: str) -> list[str]:
+        if evidence == "train":
+            rows = zip(users, positions, strict=True)
+            return self.describe([[shown.texts[text] for text in shown.of_user(*row)] for row in rows])
+        asked, rows = np.unique(users, return_inverse=True)  # one text for all positions of a user
+        preferences = self.describe([[shown.texts[text] for text in shown.of_user(user)] for user in asked])
+        return [preferences[row] for row in rows]
+
+
+def check_rows(train_positions: int, evidence: str) -> None:
+    """Raises ValueError where `PreferenceExtractor.extract` cannot use its settings."""
+    if train_positions < 0:
+        raise ValueError(f"train_positions is {train_positions}; it must be 0 (all) or more.")
+    if evidence not in EVIDENCE:
+        raise ValueError(f"evidence is {evidence!r}; it must be one of {', '.join(EVIDENCE)}.")
+
+
+def _rows(lengths: np.ndarray, train_positions: int) -> tuple[np.ndarray, np.ndarray]:
+    """Users and positions, int64 [rows] each: of every user the training targets, then the end of the train part."""
+    rows = [target_positions(lengths, "train", train_positions), target_positions(lengths, "validation")]
+    users, positions = (np.concatenate(column) for column in zip(*rows, strict=True))
+    order = np.lexsort((positions, users))
+    return users[order], positions[order]
