@@ -235,15 +235,8 @@ def test_a_loaded_model_spells_each_kind_as_in_tuning(kind, user, shown, tmp_pat
     out = tmp_path / "out"
     extend_base(str(source), tokenizer, out / "base", seed=0)
     model = add_adapter(load_model(str(out / "base"), model_config, tokenizer), model_config, tokenizer)
-    publish_model(
-        model,
-        tokenizer,
-        out,
-        base=out / "base",
-        base_saved=True,
-        settings=SETTINGS,
-        user_index=tmp_path / "user_index.parquet",
-    )
+    files = {"user_index.parquet": tmp_path / "user_index.parquet"}
+    publish_model(model, tokenizer, out, Published(BaseSource(str(out / "base"), extended=True), SETTINGS, files=files))
     ranker = UserRanker.from_pretrained(shutil.move(out, tmp_path / "moved"), device="cpu")
     assert ranker.user_index.kind == kind
     prompt = ranker.prompt(user, ["red soap"], ["blue cup", "tea"])

@@ -61,5 +61,6 @@ def test_other_settings_and_inputs_are_refused_by_name(sources, tmp_path):
     with pytest.raises(ValueError, match="config is 'nothing'"):
         write_task_stage(task_args(), tmp_path / "other", sources, INPUTS, configs=["nothing"])
     with pytest.raises(ValueError, match=r"run recipes/train_retriever\.py first"):
-        write_task_stage(task_args(), tmp_path / "other", replace(sources, candidates="candidates.parquet"), INPUTS)
+        elsewhere = TaskSources.of_run(tmp_path / "elsewhere", sources.data, sources.user_index, sources.tokenizer)
+        write_task_stage(task_args(), tmp_path / "other", elsewhere, INPUTS)
     assert not (tmp_path / "other").exists()
