@@ -39,4 +39,4 @@ def test_bad_input(tmp_path):
     with pytest.raises(ValueError, match=r"interactions\.parquet is missing: run recipes/prepare_data\.py"):
         LeaveOneOut.load(tmp_path).texts()
     with pytest.raises(ValueError, match="auto, reviews or titles; got 'both'"):
-        LeaveOneOut.load(tmp_path).texts("both")
+        LeaveOneOut.load(write_data_stage(tmp_path, 8)).texts("both")
