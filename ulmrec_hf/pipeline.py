@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from .files import atomic_folder, hash_file, hash_value, write_json, write_table
 from .metrics import MISS, random_order_metrics, ranks_from_scores, top_k_ranks
-from .stages import run_stage, stage_fingerprint
+from .stages import Processes, run_stage, stage_fingerprint
 from .user_index import UserIndex
 
 if TYPE_CHECKING:
@@ -275,8 +275,7 @@ def _tune(settings: Settings, system: str, folder: Path, tasks: Path) -> None:
         lambda partial: _build_model(settings, system, partial, tasks, index_only),
         overwrite=settings.pipeline.overwrite,
         resume=True,
-        is_main=training.process_index == 0,
-        wait=_barrier(training),
+        processes=Processes(training.process_index == 0, _barrier(training)),
     )
 
 
