@@ -174,15 +174,13 @@ def quiet_imports() -> Iterator[None]:
 
 
 def quiet_trainer(trainer: "Trainer", title: str = "training") -> None:
-    """Gives a Trainer one bar with loss, `metric_for_best_model` and the time left; what it printed is logged instead.
-
-    With `disable_tqdm` the Trainer stays as it is.
-    """
+    """Gives a Trainer one bar with loss, `metric_for_best_model` and time left unless `disable_tqdm`; logs what it printed."""
     from tqdm.auto import tqdm
     from transformers import EarlyStoppingCallback, ProgressCallback
 
     most = "at most " * any(isinstance(each, EarlyStoppingCallback) for each in trainer.callback_handler.callbacks)
-    form = "{desc} {percentage:3.0f} % |{bar:20}| {n_fmt}/{total_fmt} steps, " + most + "{remaining} left{postfix}"
+    # the bar itself comes last: a narrow terminal cuts it off first
+    form = "{desc} {n_fmt}/{total_fmt} steps, " + most + "{remaining} left{postfix} |{bar:20}|"
 
     class TrainingBar(ProgressCallback):
         def on_train_begin(self, args, state, control, **kwargs):
@@ -201,7 +199,7 @@ def quiet_trainer(trainer: "Trainer", title: str = "training") -> None:
                 logger.info("step %d: %s", state.global_step, logs)
             if self.training_bar is not None:
                 metric = (args.metric_for_best_model or "loss").removeprefix("eval_")
-                titles = {"loss": "loss", f"eval_{metric}": f"validation {metric}"}
+                titles = {"loss": "loss", f"eval_{metric}": "validation loss" if metric == "loss" else metric}
                 self.values |= {title: f"{logs[key]:.4g}" for key, title in titles.items() if key in logs}
                 self.training_bar.set_postfix(self.values)
 
