@@ -7,6 +7,8 @@ import pytest
 
 from ulmrec_hf import metrics
 from ulmrec_hf.metrics import (
+    METRICS,
+    Metric,
     bootstrap_interval,
     paired_bootstrap,
     per_user_metrics,
@@ -109,6 +111,17 @@ def test_random_order_is_the_mean_over_all_orders():
             assert values[name][0] == pytest.approx(value)
 
 
+def test_a_registered_metric_is_computed_everywhere(monkeypatch):
+    monkeypatch.setattr(METRICS, "_entries", dict(METRICS._entries))  # forgets what is registered here
+    METRICS.register("first")(Metric("first", "First", lambda ranks, k: (ranks == 1).astype(float)))
+    assert list(per_user_metrics([1, 2], ks=[5])) == ["recall@5", "ndcg@5", "mrr@5", "first@5"]
+    assert ranking_metrics([1, 2, math.inf, 1])["first@10"] == 0.5
+    assert random_order_metrics(20, np.array([3]))["first@5"] == pytest.approx(1 / 20)
+    assert metrics.RankingMetrics().compute(predictions=[[0.0, 1.0]], references=[1])["first@5"] == 1
+    with pytest.raises(ValueError, match="metric 'first' exists already"):
+        METRICS.register("first")(None)
+
+
 def test_random_order_with_candidates_of_different_number():
     values = random_order_metrics([0, 5, 20], [-1, 4, 3])
     np.testing.assert_allclose(values["recall@5"], [0, 1, 0.25])
@@ -202,7 +215,7 @@ def test_ranking_metrics_combines_with_other_metrics():
 
 
 def test_the_pure_functions_do_not_import_evaluate():
-    code = "import sys, ulmrec_hf.metrics; assert not {'evaluate', 'datasets', 'torch'} & set(sys.modules)"
+    code = "import sys, ulmrec_hf.metrics; assert not {'evaluate', 'datasets', 'torch', 'pyarrow'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

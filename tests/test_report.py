@@ -1,10 +1,11 @@
 import json
 import math
+import re
 
 import numpy as np
 import pytest
 
-from ulmrec_hf.metrics import random_order_metrics, ranking_metrics
+from ulmrec_hf.metrics import METRICS, Metric, random_order_metrics, ranking_metrics
 from ulmrec_hf.report import Report, plot_code_use, plot_metrics, plot_training
 
 USERS = 300
@@ -106,14 +107,43 @@ def test_markdown_shows_the_ceiling_the_best_and_the_protocol(report, mask):
     assert not any("**" in line for line in text.splitlines() if line.startswith(("| `random`", "| `retriever`")))
     columns = {line.count("|") for line in text.splitlines() if line.startswith("|")}
     assert columns == {9}
-    assert "| `ulmrec` − `retriever` | Rank | **+" in text
+    assert "| `ulmrec` − `retriever` | hits only | **+" in text
+    assert text.count("*Hits only* counts") == 1
+    assert f"### Hits only: {mask.sum()}\n\n| System | Order | Recall@5 (hits only) |" in text
+    assert f"### All users: {USERS}\n\n| System | Order | Recall@5 (all users) |" in text
+    assert "overall" not in text.lower()
 
 
-def test_summary_fits_a_terminal(report):
-    lines = report.summary(report.rows()).splitlines()
-    assert len(lines) == 2 + 6
-    assert lines[2].startswith("random     rank")
+def test_summary_has_a_row_for_each_system_the_best_first_and_fits_a_terminal(report, mask):
+    rows = report.rows()
+    lines = report.summary(rows).splitlines()
+    assert re.split(" {2,}", lines[0]) == [
+        "System",
+        "NDCG@10 (hits only)",
+        "NDCG@10 (all users)",
+        "Recall@10 (all users)",
+    ]
+    assert [line.split()[0] for line in lines[2:5]] == ["ulmrec", "retriever", "random"]
+    values = {row["scope"]: row for row in rows if (row["system"], row["split"]) == ("ulmrec", "test")}
+    for scope, name in (("rank", "ndcg@10"), ("overall", "ndcg@10"), ("overall", "recall@10")):
+        assert f"{values[scope][name]:.4f} ({values[scope][f'{name}_low']:.4f}-" in lines[2]
+    assert f"the {mask.sum()} test users" in lines[-2]
     assert max(map(len, lines)) <= 100
+
+
+def test_a_registered_metric_is_in_every_table(mask, tmp_path, monkeypatch):
+    monkeypatch.setattr(METRICS, "_entries", dict(METRICS._entries))  # forgets what is registered here
+    METRICS.register("first")(Metric("first", "First", lambda ranks, k: (ranks == 1).astype(float)))
+    report = Report({"test": mask}, 20, samples=50)
+    report.add("random", "test", random_order_metrics(20, np.where(mask, 0, -1)), order="random")
+    report.add("ulmrec", "test", np.where(mask, 1, math.inf), order="retriever")
+    report.write(tmp_path, [("ulmrec", "random")])
+    ranked = {
+        row["system"]: row for row in json.loads((tmp_path / "metrics.json").read_text()) if row["scope"] == "rank"
+    }
+    assert (ranked["ulmrec"]["first@10"], ranked["random"]["first@10"]) == (1, 0.05)
+    assert "first@5" in {row["metric"] for row in json.loads((tmp_path / "comparisons.json").read_text())}
+    assert "First@10 (hits only)" in (tmp_path / "report.md").read_text()
 
 
 def test_no_user_in_a_scope_gives_null(tmp_path):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import yaml
 
+INTERRUPTED = 128 + 2  # what a shell makes of SIGINT
 # What a launcher hands to its processes.
 LAUNCHER = ("ACCELERATE_", "FSDP_", "DEEPSPEED_", "TORCHELASTIC_", "OMP_NUM_THREADS")
 LAUNCHER_NAMES = {
@@ -22,20 +23,29 @@ LAUNCHER_NAMES = {
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Runs a script's main; what the user can mend is told in one line, with ULMREC_TRACEBACK=1 in full."""
+    """Runs a script's main; user errors and Ctrl-C print one line, with ULMREC_TRACEBACK=1 the traceback.
+
+    Raises:
+        SystemExit: with a message after a user error, with 130 after Ctrl-C.
+    """
     try:
         main()
     except (ValueError, OSError, yaml.YAMLError) as error:
         if os.environ.get("ULMREC_TRACEBACK"):
             raise
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        if os.environ.get("ULMREC_TRACEBACK"):
+            raise
+        print("interrupted: the same command resumes", file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
 def run_alone(script: str, argv: Sequence[str]) -> None:
     """Runs a script in one plain process, whatever launcher started this one: small models train there unwrapped.
 
     Raises:
-        SystemExit: it failed, and has said why.
+        SystemExit: it failed or was interrupted, and has said so.
     """
     plain = {
         name: value
@@ -44,6 +54,17 @@ def run_alone(script: str, argv: Sequence[str]) -> None:
     }
     # with several accelerators in sight Trainer would split every small batch among them
     plain["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    done = subprocess.run([sys.executable, script, *argv], env=plain)
-    if done.returncode:
-        raise SystemExit(done.returncode)
+    with subprocess.Popen([sys.executable, script, *argv], env=plain) as child:
+        try:
+            code = child.wait()
+        except KeyboardInterrupt:
+            # Ctrl-C reaches every process of the terminal: the child cleans up, says one line, and exits by itself
+            try:
+                code = child.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                child.terminate()
+                raise
+            if code != INTERRUPTED:
+                raise
+    if code:
+        raise SystemExit(code)

@@ -1,21 +1,47 @@
-"""Ranks and what is counted from them: Recall@k, NDCG@k, MRR@k, their intervals, and `RankingMetrics` for `evaluate`.
+"""Ranks and what is counted from them: the metrics, their intervals, and `RankingMetrics` for `evaluate`.
 
 Every user has one relevant item, so with r its 1-based rank: Recall@k = [r <= k], NDCG@k = [r <= k] / log2(1 + r),
 MRR@k = [r <= k] / r. A user whose target is not among the candidates has rank infinity and counts 0 everywhere.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from .protocol import MISS
+from .registry import Registry
+
 if TYPE_CHECKING:
     import evaluate
 
+
+@dataclass(frozen=True)
+class Metric:
+    """What a user counts whose target has a given rank; higher is better.
+
+    Args:
+        name: in the keys `<name>@<k>` of metrics.json; the name in `METRICS` too.
+        title: in tables and plots, followed by `@<k>`.
+        of_rank: from 1-based ranks, float64 [users] (may be fractional after ties, inf = miss), and k to float64
+            [users]; a miss must count 0.
+    """
+
+    name: str
+    title: str
+    of_rank: Callable[[np.ndarray, int], np.ndarray]
+
+
+METRICS = Registry(
+    "metric",
+    recall=Metric("recall", "Recall", lambda ranks, k: (ranks <= k).astype(np.float64)),
+    ndcg=Metric("ndcg", "NDCG", lambda ranks, k: (ranks <= k) / np.log2(1 + ranks)),
+    mrr=Metric("mrr", "MRR", lambda ranks, k: (ranks <= k) / ranks),
+)
 KS = (5, 10)
-MISS = -1
 _CELLS = 4_000_000  # how many resampled counts are held at once: 32 MB
 
 
@@ -74,17 +100,15 @@ def top_k_ranks(ranks: ArrayLike, k: int) -> np.ndarray:
 
 
 def per_user_metrics(ranks: ArrayLike, ks: Sequence[int] = KS) -> dict[str, np.ndarray]:
-    """`recall@k`, `ndcg@k` and `mrr@k` of each user, float64 [users] in [0, 1], from 1-based ranks (inf = miss)."""
+    """`<name>@<k>` of each of `METRICS` for each user, float64 [users], from 1-based ranks (inf = miss).
+
+    Raises:
+        ValueError: a rank below 1 or NaN.
+    """
     ranks = np.asarray(ranks, dtype=np.float64)
     if not (ranks >= 1).all():
         raise ValueError("ranks are 1-based: every rank must be at least 1, or inf for a miss.")
-    metrics = {}
-    for k in ks:
-        hit = ranks <= k
-        metrics[f"recall@{k}"] = hit.astype(np.float64)
-        metrics[f"ndcg@{k}"] = hit / np.log2(1 + ranks)
-        metrics[f"mrr@{k}"] = hit / ranks
-    return metrics
+    return {f"{metric.name}@{k}": metric.of_rank(ranks, k) for k in ks for metric in METRICS.values()}
 
 
 def ranking_metrics(ranks: ArrayLike, ks: Sequence[int] = KS) -> dict[str, float]:
@@ -180,7 +204,7 @@ def _load_ranking_metrics() -> type["evaluate.Metric"]:
     import evaluate
 
     class RankingMetrics(evaluate.Metric):
-        """Recall@k, NDCG@k and MRR@k of candidate scores, as an `evaluate` metric; no hub, no network.
+        """The `METRICS` of candidate scores, as an `evaluate` metric; no hub, no network.
 
         Predictions are the candidates' scores (float32, higher is better, lengths may differ), references the
         target's position (int32, -1 = not among the candidates). Without any rows the metrics are NaN. Batches are
@@ -194,7 +218,7 @@ def _load_ranking_metrics() -> type["evaluate.Metric"]:
 
         def _info(self) -> evaluate.MetricInfo:
             return evaluate.MetricInfo(
-                description="Recall@k, NDCG@k and MRR@k of one relevant candidate a user.",
+                description="Recall@k, NDCG@k, MRR@k and what else is registered, of one relevant candidate a user.",
                 citation="",
                 inputs_description="predictions: scores of the candidates; references: the target's position or -1.",
                 features=datasets.Features(

@@ -2,32 +2,33 @@
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .files import atomic_path, write_json, write_text
-from .metrics import KS, bootstrap_interval, mean, paired_bootstrap, per_user_metrics
+from .figures import BLUE, GREY, ORANGE, markdown_table, number, plain_axes, save_figure
+from .files import write_json, write_text
+from .metrics import KS, METRICS, bootstrap_interval, mean, paired_bootstrap, per_user_metrics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SCOPES = ("rank", "overall")
-_SCOPE_TITLES = {
-    "rank": "Rank: users whose target is among the candidates",
-    "overall": "Overall: all users, a target that is not among the candidates counts as 0",
-}
-_TITLES = {"recall": "Recall", "ndcg": "NDCG", "mrr": "MRR"}
-_BLUE, _ORANGE, _GREY = "#3b6ea8", "#d9822b", "#9aa5b1"
+_SCOPE_WORDS = {"rank": "hits only", "overall": "all users"}  # in tables and plots
+_EXPLANATION = (
+    "*Hits only* counts the users whose target is among their candidates: how well the candidates are ordered. *All "
+    "users* counts everyone, and 0 for a user whose target is not among the candidates: what users get in the end."
+)
 
 
 class Report:
     """Collects the results of systems over the same users, and writes them.
 
-    Both scopes are always reported: "rank" holds the users whose target is among the candidates, "overall" all users.
+    Both scopes are always reported: "rank" holds the users whose target is among the candidates ("hits only" in tables
+    and plots), "overall" all users. The metrics are those of `ulmrec_hf.metrics.METRICS` when the report is made.
 
     Args:
         in_candidates: for each split, bool [users]: whether the candidates hold the user's target.
@@ -52,10 +53,11 @@ class Report:
         self.in_candidates = {split: np.asarray(mask, dtype=bool) for split, mask in in_candidates.items()}
         self.num_candidates = num_candidates
         self.notes = list(notes)
-        self.names = [f"{metric}@{k}" for metric in ("recall", "ndcg", "mrr") for k in ks]
+        self.names = [f"{metric.name}@{k}" for metric in METRICS.values() for k in ks]
         self._ks = tuple(ks)
         self._shown = max((k for k in ks if k <= 10), default=min(ks))  # the k of the plot and of the short table
         self._bootstrap = {"seed": seed, "samples": samples, "level": level}
+        self._percent = f"{100 * level:g} %"
         self._values: dict[tuple[str, str], np.ndarray] = {}  # float64 [users, metrics]
         self._orders: dict[tuple[str, str], str] = {}
 
@@ -86,6 +88,11 @@ class Report:
                 )
         self._values[system, split] = np.stack([given[name] for name in self.names], axis=1).astype(np.float64)
         self._orders[system, split] = order
+
+    @property
+    def systems(self) -> set[str]:
+        """The names of the systems that were added."""
+        return {system for system, _ in self._values}
 
     def ceiling(self, split: str) -> float:
         """The retriever's Recall@num_candidates: the share of users whose target is among the candidates."""
@@ -147,28 +154,27 @@ class Report:
 
     def markdown(self, rows: Sequence[Mapping[str, Any]], comparisons: Sequence[Mapping[str, Any]] = ()) -> str:
         """report.md: the tables of `rows` and `comparisons`, the best value of each column in bold."""
-        percent = f"{100 * self._bootstrap['level']:g} %"
-        parts = ["# Results"]
+        parts = ["# Results", _EXPLANATION]
         for split in sorted({row["split"] for row in rows}, key=_split_order):
             k, ceiling = self.num_candidates, self.ceiling(split)
             parts.append(f"## {split.capitalize()}")
             parts.append(
                 f"{len(self.in_candidates[split]):,} users with up to {k} candidates each. These hold the target of "
                 f"{'no' if math.isnan(ceiling) else f'{100 * ceiling:.1f} % of the'} users: this Recall@{k} of the "
-                "retriever is the ceiling of every Recall in the Overall table."
+                "retriever is the ceiling of every Recall over all users."
             )
             for scope in SCOPES:
                 chosen = [row for row in rows if row["split"] == split and row["scope"] == scope]
-                parts.append(f"### {_SCOPE_TITLES[scope]} ({chosen[0]['users']:,} users)")
-                parts.append(self._metric_table(chosen))
-            parts.append(f"In parentheses: {percent} bootstrap interval over users. Bold: the best of a column.")
+                parts.append(f"### {_SCOPE_WORDS[scope].capitalize()}: {chosen[0]['users']:,}")
+                parts.append(self._metric_table(chosen, scope))
+            parts.append(f"In parentheses: {self._percent} bootstrap interval over users. Bold: the best of a column.")
             chosen = [row for row in comparisons if row["split"] == split]
             if chosen:
                 parts.append(f"### Comparisons on {split} users")
                 parts.append(self._comparison_table(chosen))
                 parts.append(
-                    f"The first system minus the second over the same users, with the {percent} interval of a paired "
-                    "bootstrap. Bold: the interval excludes 0."
+                    "The first system minus the second over the same users, with the "
+                    f"{self._percent} interval of a paired bootstrap. Bold: the interval excludes 0."
                 )
         if self.notes:
             parts.append("## Protocol")
@@ -176,47 +182,51 @@ class Report:
         return "\n\n".join(parts) + "\n"
 
     def summary(self, rows: Sequence[Mapping[str, Any]], split: str = "test") -> str:
-        """A short plain-text table for a terminal: Recall@10 and NDCG@10 (or the nearest k below), both scopes."""
-        k = self._shown
-        chosen = [row for row in rows if row["split"] == split]
-        table = [["system", "scope", "users", f"Recall@{k}", f"NDCG@{k}", "interval"]]
-        for row in sorted(chosen, key=lambda row: SCOPES.index(row["scope"])):
-            values = [_number(row[name]) for name in (f"recall@{k}", f"ndcg@{k}")]
-            interval = f"{_number(row[f'ndcg@{k}_low'])} to {_number(row[f'ndcg@{k}_high'])}"
-            table.append([row["system"], row["scope"], f"{row['users']:,}", *values, interval])
+        """A short plain-text table for a terminal: a row for each system, the best NDCG@k over all users first.
+
+        The cut-off k is 10, or the nearest below that the report has.
+        """
+        ndcg, recall = f"ndcg@{self._shown}", f"recall@{self._shown}"
+        columns = [(ndcg, "rank"), (ndcg, "overall"), (recall, "overall")]
+        systems: dict[str, dict[str, Mapping[str, Any]]] = {}
+        for row in rows:
+            if row["split"] == split:
+                systems.setdefault(row["system"], {})[row["scope"]] = row
+        table = [["System", *(_scoped_title(*column) for column in columns)]]
+        for system, scopes in sorted(systems.items(), key=lambda entry: -(entry[1]["overall"][ndcg] or 0)):
+            table.append([system, *(_cell(scopes[scope], name, "-") for name, scope in columns)])
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
+        mask = self.in_candidates[split]
+        words = [
+            f"Hits only: the {mask.sum():,} {split} users whose target is among the {self.num_candidates} candidates.",
+            f"All users: {len(mask):,}; a miss counts 0. In parentheses: {self._percent} bootstrap interval.",
         ]
-        return "\n".join([lines[0], "-" * (sum(widths) + 2 * len(widths) - 2), *lines[1:]])
+        return "\n".join([lines[0], "-" * (sum(widths) + 2 * len(widths) - 2), *lines[1:], "", *words])
 
     def _users(self, split: str, scope: str) -> np.ndarray:
         mask = self.in_candidates[split]
         return mask if scope == "rank" else np.ones_like(mask)
 
-    def _metric_table(self, rows: Sequence[Mapping[str, Any]]) -> str:
+    def _metric_table(self, rows: Sequence[Mapping[str, Any]], scope: str) -> str:
         best = {name: max((row[name] for row in rows if row[name] is not None), default=None) for name in self.names}
-        table = [["System", "Order", *map(_title, self.names)]]
+        table = [["System", "Order", *(_scoped_title(name, scope) for name in self.names)]]
         for row in rows:
-            cells = [
-                f"{_bold(_number(row[name]), row[name] is not None and row[name] == best[name])} "
-                f"({_number(row[f'{name}_low'])}–{_number(row[f'{name}_high'])})"
-                for name in self.names
-            ]
+            cells = [_cell(row, name, "–", best[name]) for name in self.names]
             table.append([f"`{row['system']}`", row["order"], *cells])
-        return _markdown_table(table)
+        return markdown_table(table)
 
     def _comparison_table(self, rows: Sequence[Mapping[str, Any]]) -> str:
         cells: dict[tuple[str, str, str], dict[str, str]] = {}
         for row in rows:
             sure = row["low"] is not None and (row["low"] > 0 or row["high"] < 0)
-            text = _bold(_number(row["difference"], "+"), sure)
-            text += f" ({_number(row['low'], '+')} to {_number(row['high'], '+')})"
+            text = _bold(number(row["difference"], "+.4f"), sure)
+            text += f" ({number(row['low'], '+.4f')} to {number(row['high'], '+.4f')})"
             cells.setdefault((row["a"], row["b"], row["scope"]), {})[row["metric"]] = text
-        table = [["Systems", "Scope", *map(_title, self.names)]]
+        table = [["Systems", "Users", *map(_title, self.names)]]
         for (a, b, scope), texts in cells.items():
-            table.append([f"`{a}` − `{b}`", scope.capitalize(), *(texts[name] for name in self.names)])
-        return _markdown_table(table)
+            table.append([f"`{a}` − `{b}`", _SCOPE_WORDS[scope], *(texts[name] for name in self.names)])
+        return markdown_table(table)
 
 
 def plot_metrics(
@@ -244,18 +254,18 @@ def plot_metrics(
                 value, low, high = (chosen[system][name] for name in (metric, f"{metric}_low", f"{metric}_high"))
                 # Rounding can put the mean of equal values a hair outside their interval.
                 error = [[max(0.0, value - low)], [max(0.0, high - value)]]
-                color = _BLUE if system == highlight else _GREY
+                color = BLUE if system == highlight else GREY
                 axes.barh(place, value, xerr=error, color=color, height=0.66, error_kw={"lw": 1.2, "capsize": 3})
                 axes.text(high + 0.02 * right, place, f"{value:.3f}", va="center", fontsize=9)
             users = next((row["users"] for row in chosen.values()), 0)
-            axes.set_title(f"{scope.capitalize()} ({users:,} users)", fontsize=11)
+            axes.set_title(f"{_SCOPE_WORDS[scope].capitalize()}: {users:,}", fontsize=11)
             axes.set_xlim(0, 1.18 * right)
             axes.set_xlabel(f"{_title(metric)}, 95 % interval")
-            _plain_axes(axes, "x")
+            plain_axes(axes, "x")
         axes.set_yticks(range(len(systems)), systems)
         axes.set_ylim(len(systems) - 0.5, -0.5)
 
-    _save_figure(path, (10, 1.4 + 0.42 * max(1, len(systems))), draw)
+    save_figure(path, draw, (10, 1.4 + 0.42 * max(1, len(systems))))
 
 
 def plot_training(path: str | os.PathLike, runs: Mapping[str, Sequence[Mapping[str, Any]]], k: int = 10) -> None:
@@ -282,12 +292,12 @@ def plot_training(path: str | os.PathLike, runs: Mapping[str, Sequence[Mapping[s
             axes.set_xlabel("step")
             axes.set_xlim(left=0)
             axes.set_ylim(bottom=0)
-            _plain_axes(axes, "both")
+            plain_axes(axes)
         if runs:
             handles, labels = loss_axes.get_legend_handles_labels()
             figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(runs)), frameon=False)
 
-    _save_figure(path, (10, 4), draw)
+    save_figure(path, draw, (10, 4))
 
 
 def plot_code_use(path: str | os.PathLike, codes: ArrayLike, codebook_size: int) -> None:
@@ -304,32 +314,16 @@ def plot_code_use(path: str | os.PathLike, codes: ArrayLike, codebook_size: int)
         panels = figure.subplots(1, codes.shape[1], sharey=True, squeeze=False)[0]
         for level, axes in enumerate(panels):
             use = np.sort(np.bincount(codes[:, level], minlength=codebook_size))[::-1]
-            axes.bar(np.arange(codebook_size), use, width=1.0, color=_BLUE)
-            even = axes.axhline(len(codes) / codebook_size, color=_ORANGE, lw=1.4, ls="--")
+            axes.bar(np.arange(codebook_size), use, width=1.0, color=BLUE)
+            even = axes.axhline(len(codes) / codebook_size, color=ORANGE, lw=1.4, ls="--")
             axes.set_title(f"Level {level + 1}: {np.count_nonzero(use)} of {codebook_size} codes used", fontsize=10)
             axes.set_xlabel("code, most used first")
             axes.set_xlim(-0.5, codebook_size - 0.5)
-            _plain_axes(axes, "y")
+            plain_axes(axes, "y")
         panels[0].set_ylabel("users")
         panels[-1].legend([even], ["even use"], frameon=False, loc="upper right")
 
-    _save_figure(path, (3.1 * codes.shape[1], 3.2), draw)
-
-
-def _save_figure(path: str | os.PathLike, size: tuple[float, float], draw: Callable[["Figure"], None]) -> None:
-    # A Figure without pyplot needs no display and leaves the user's backend alone.
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    draw(figure)
-    with atomic_path(path) as partial:
-        figure.savefig(partial, format="png", dpi=130, metadata={"Software": None})
-
-
-def _plain_axes(axes: Any, grid: str) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis=grid, color="#e3e7eb", lw=0.8)
-    axes.set_axisbelow(True)
+    save_figure(path, draw, (3.1 * codes.shape[1], 3.2))
 
 
 def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
@@ -341,23 +335,24 @@ def _plain(value: float) -> float | None:
     return None if math.isnan(value) else round(float(value), 6) + 0.0
 
 
-def _number(value: float | None, sign: str = "") -> str:
-    return "n/a" if value is None else f"{value:{sign}.4f}"
+def _cell(row: Mapping[str, Any], name: str, dash: str, best: float | None = None) -> str:
+    """A metric and its interval, the metric in bold where it equals `best`."""
+    value = _bold(number(row[name]), best is not None and row[name] == best)
+    return f"{value} ({number(row[f'{name}_low'])}{dash}{number(row[f'{name}_high'])})"
 
 
 def _bold(text: str, on: bool) -> str:
     return f"**{text}**" if on else text
 
 
+def _scoped_title(metric: str, scope: str) -> str:
+    return f"{_title(metric)} ({_SCOPE_WORDS[scope]})"
+
+
 def _title(metric: str) -> str:
     name, k = metric.split("@")
-    return f"{_TITLES[name]}@{k}"
+    return f"{next(each.title for each in METRICS.values() if each.name == name)}@{k}"
 
 
 def _split_order(split: str) -> tuple[bool, str]:
     return split != "test", split
-
-
-def _markdown_table(table: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in table]
-    return "\n".join([lines[0], "|" + "---|" * len(table[0]), *lines[1:]])

@@ -5,7 +5,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args
@@ -14,6 +14,22 @@ from .files import hash_value, publish_folder, write_json
 
 logger = logging.getLogger(__name__)
 RECORD = "stage.json"
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes that build a stage together; by default one alone.
+
+    Args:
+        is_main: whether this process writes; of several processes, one.
+        wait: returns when all processes have come here.
+    """
+
+    is_main: bool = True
+    wait: Callable[[], None] = lambda: None
+
+
+ALONE = Processes()
 
 
 def stage_fingerprint(folder: str | os.PathLike) -> str:
@@ -29,7 +45,7 @@ def stage_fingerprint(folder: str | os.PathLike) -> str:
 
 
 def check_types(settings: Any) -> None:
-    """Refuses what YAML may put into a dataclass's field of type int, float, bool or str, or one of these or None.
+    """Checks a dataclass's fields of type int, float, bool or str, or one of these or None, against what YAML gave.
 
     Raises:
         ValueError: a value of another type; the message names the setting.
@@ -81,8 +97,7 @@ def run_stage(
     *,
     overwrite: bool = False,
     resume: bool = False,
-    is_main: bool = True,
-    wait: Callable[[], None] = lambda: None,
+    processes: Processes = ALONE,
 ) -> Path:
     """Runs `build(partial_folder)` unless `folder` already holds this very stage; returns `folder`.
 
@@ -91,10 +106,9 @@ def run_stage(
         settings: JSON-able settings that decide the stage's content.
         inputs: fingerprints or file hashes of what it reads.
         build: fills the folder it is given; what it raises leaves the old folder untouched.
-        overwrite: make a stage with other settings or inputs anew instead of refusing.
+        overwrite: rebuild a stage that has other settings or inputs instead of refusing.
         resume: keep what a killed attempt with the same settings left in the partial folder.
-        is_main: whether this process writes; of several processes that build together, one.
-        wait: returns when all processes have come here.
+        processes: those that call this together, each with the same arguments.
 
     Raises:
         ValueError: the folder holds the stage of another run (see `stage_is_current`).
@@ -103,21 +117,21 @@ def run_stage(
     if stage_is_current(folder, settings, inputs, overwrite=overwrite):
         logger.info("%s is up to date", folder)
         return folder
-    wait()  # nobody may begin to write before all have looked
-    if is_main:
+    processes.wait()  # nobody may begin to write before all have looked
+    if processes.is_main:
         begin_stage(folder, settings, inputs, resume=resume)
-    wait()
+    processes.wait()
     partial = partial_folder(folder)
     try:
         build(partial)
     except BaseException:
-        if is_main and not resume:
+        if processes.is_main and not resume:
             shutil.rmtree(partial, ignore_errors=True)
         raise
-    wait()
-    if is_main:
+    processes.wait()
+    if processes.is_main:
         publish_folder(partial, folder)
-    wait()
+    processes.wait()
     return folder
 
 
