@@ -100,7 +100,7 @@ def _retriever_recall(folder: Path, k: int) -> str:
 def make_tokenizer(model: "ModelConfig", index: "IndexArguments") -> "UserTokenizer":
     """The base's tokenizer with a run's user tokens, of which an index in plain text has none."""
     # unused rows would cost memory and, where they are outputs, probability
-    levels = index.levels if KINDS[index.index_kind].has_tokens else 0
+    levels = index.levels if KINDS[index.index_kind].adds_tokens else 0
     return load_user_tokenizer(
         resolve_base(model.model_name_or_path), levels, index.codebook_size, model.model_revision
     )

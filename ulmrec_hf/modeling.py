@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from .user_index import KINDS
+
 if TYPE_CHECKING:
     from peft import PeftModel
     from trl import ModelConfig
@@ -101,7 +103,7 @@ def load_base(
     config = ModelConfig(**{"model_name_or_path": base, "use_peft": True, **settings})
     revision = None if os.path.isdir(base) else config.model_revision
     # an index in plain text has no tokens; unused rows would cost memory and, where they are outputs, probability
-    levels = users.levels if users is not None and users.kind == "codes" else 0
+    levels = users.levels if users is not None and KINDS[users.kind].adds_tokens else 0
     tokenizer = load_user_tokenizer(base, levels, users.codebook_size if levels else 1, revision)
     model = add_adapter(load_model(base, config, tokenizer, seed=seed), config, tokenizer, seed=seed)
     model.base_source = BaseSource(base, revision=revision, seed=seed)

@@ -256,11 +256,11 @@ class Recommender:
 
     def _index_of_new_user(self, user_id: str, history: list[str], reviews: Sequence[str]) -> UserIndex | None:
         """A free index from what the indexer reads of a new user; None where there is nothing for it to read."""
-        if self.indexer is None:
+        if self.indexer is None or self.indexer.inputs is None:
             return None
         titles = [self.ranker.titles.get(item, item) for item in history]
         known = {"reviews": list(reviews), "titles": titles, "cooccurrence": history}
-        values = {name: known[name] for name in self.indexer.input_names if known.get(name)}
+        values = {name: known[name] for name in self.indexer.inputs.weights if known.get(name)}
         if not values:
             return None
         longest = max(map(len, values.values()))  # one value for each interaction; the newest ones belong together

@@ -127,7 +127,7 @@ def run_notes(retriever: "RetrieverArguments", tasks: "TaskArguments", *, eviden
         "miss for every system that ranks them. Retrievers are scored on their own top.",
         f"Evaluation order of the candidates: {tasks.evaluation_order}. Equal scores share the mean of their places.",
         "random: the exact expectation over all orders of the candidates.",
-        *([f"User index: {index_kind}, as plain text without user tokens."] if index_kind != "codes" else []),
+        *([] if KINDS[index_kind].adds_tokens else [f"User index: {index_kind}, as plain text without user tokens."]),
         *protocol_notes(retriever),
     ]
 
