@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .user_index import KINDS, UserIndex
 from .verbalizer import LETTERS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from .user_index import UserIndex
 
 NONE = "(none)"
 
@@ -73,17 +72,17 @@ def clean_titles(
     return cleaned, counts
 
 
-def spell_user(user_index: "UserIndex", user_id: str, reserved: Iterable[str] = ()) -> str:
+def spell_user(user_index: UserIndex, user_id: str, reserved: Iterable[str] = ()) -> str:
     """A user's index as prompts and completions show it: user tokens, or neutralised text, for an id may be anything.
 
     Raises:
         KeyError: the map does not hold the user.
     """
     text = user_index.spell(user_id)
-    return text if user_index.kind == "codes" else neutralise(text, reserved) or NONE
+    return text if KINDS[user_index.kind].adds_tokens else neutralise(text, reserved) or NONE
 
 
-def check_spellings(user_index: "UserIndex", tokenizer: "PreTrainedTokenizerBase", reserved: Sequence[str]) -> None:
+def check_spellings(user_index: UserIndex, tokenizer: "PreTrainedTokenizerBase", reserved: Sequence[str]) -> None:
     """Raises ValueError, naming both, where two users are the same to a model; codes and numbers never are.
 
     Args:

@@ -232,7 +232,7 @@ class UserRanker:
 
         Args:
             user_id, history, candidates: see `rank`, also for the errors.
-            index: where this user's index is, instead of the ranker's own map: that of somebody new.
+            index: where this user's index is; by default in the ranker's own map, if at all.
         """
         self._check_candidates(len(candidates))
         for name, value in (("history", history), ("candidates", candidates)):

@@ -68,7 +68,7 @@ class _Asker:
     user_id: str
     history: list[str]  # item ids where they are known, else titles
     items: np.ndarray  # dense ids of the known ones
-    index: UserIndex | None  # of somebody new
+    index: UserIndex | None  # where theirs is; None without one
 
 
 class Recommender:
@@ -250,8 +250,9 @@ class Recommender:
             if len(items) < len(found):
                 unknown = history[found.index(0)]
                 self._warn_once("%r is not in the catalogue: it is shown to the ranker as a title", unknown)
-        known = self.users is None or (user_id is not None and user_id in self.users)
-        index = None if known else self._index_of_new_user(user_id or _NOBODY, history, request.reviews)
+        index = self.users
+        if index is not None and (user_id is None or user_id not in index):
+            index = self._index_of_new_user(user_id or _NOBODY, history, request.reviews)
         return _Asker(user_id or _NOBODY, history, items, index)
 
     def _index_of_new_user(self, user_id: str, history: list[str], reviews: Sequence[str]) -> UserIndex | None:

@@ -14,6 +14,7 @@ import yaml
 
 from ..files import hash_file, hash_value
 from ..protocol import SPLITS
+from ..user_index import KINDS
 from .arguments import TaskArguments
 from .records import MIXTURE, REASONS, Task
 from .rows import TaskRows
@@ -216,7 +217,8 @@ def _card(rows: TaskRows, counts: dict[str, dict[str, int]], content: str) -> st
         for proportion in [f"{rows.args.mixture.get(name, 0):g}" if name != MIXTURE else ""]
     ]
     left_out = [f"- {number} rows of {task}, {split}: {reason}." for task, split, number, reason in _left_out(rows)]
-    meaning = "user tokens" if rows.user_index is not None and rows.user_index.kind == "codes" else "user indices"
+    index = rows.user_index
+    meaning = "user tokens" if index is not None and KINDS[index.kind].adds_tokens else "user indices"
     lines = [
         "---",
         yaml.safe_dump({"configs": configs}, sort_keys=False).rstrip(),
