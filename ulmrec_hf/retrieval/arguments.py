@@ -1,110 +1,128 @@
-"""The settings of the retrieval stage."""
+"""The settings of the retrieval stage, and the names of the retrievers."""
 
 from dataclasses import dataclass, field, fields
 
+from ..registry import Registry
 from ..stages import check_types
 
-SYSTEMS = ("popularity", "item_knn", "text", "lrurec", "narm", "bert4rec", "sasrec", "hybrid")
+# each by the `model_type` in its config.json; they stand here, since settings are checked without importing torch
+RETRIEVERS = Registry(
+    "retriever",
+    popularity=f"{__package__}.popularity:Popularity",
+    item_knn=f"{__package__}.item_knn:ItemKNN",
+    text=f"{__package__}.text:TitleText",
+    lrurec=f"{__package__}.lrurec:LRURec",
+    narm=f"{__package__}.narm:NARM",
+    bert4rec=f"{__package__}.bert4rec:BERT4Rec",
+    sasrec=f"{__package__}.sasrec:SASRec",
+    hybrid=f"{__package__}.hybrid:Hybrid",
+)
+STAGE_SETTINGS = {"retriever", "num_candidates", "train_positions", "refit", "cross_fit"}  # which no retriever reads
 SCHEDULES = ("constant", "linear", "cosine")
 
 
 @dataclass
 class RetrieverArguments:
-    """Which retriever brings the candidates, how many, and how it is fitted."""
+    """Which retriever finds the candidates, how many per row, and how it is fitted.
+
+    Raises:
+        ValueError: a setting is unknown to the registry, out of its range, or of the wrong type.
+    """
 
     retriever: str = field(
-        default="lrurec", metadata={"help": "Whose candidates are ranked later.", "choices": list(SYSTEMS)}
+        default="lrurec",
+        metadata={
+            "help": "The retriever that finds the candidates: popularity, item_knn, text, lrurec, narm, bert4rec, "
+            "sasrec, hybrid, or a registered one."
+        },
     )
-    num_candidates: int = field(default=20, metadata={"help": "Candidates per row, the retriever's top k."})
+    num_candidates: int = field(default=20, metadata={"help": "Candidates per row: the retriever's top k."})
     train_positions: int = field(
-        default=5, metadata={"help": "Newest positions of every user's train part that get candidates; 0 = all."}
+        default=5, metadata={"help": "How many of the newest train positions of each user get candidates; 0 = all."}
     )
-    max_history: int = field(default=50, metadata={"help": "Newest history items that a retriever reads."})
+    max_history: int = field(default=50, metadata={"help": "How many of the newest history items a retriever reads."})
     refit: bool = field(
         default=False,
         metadata={
-            "help": "For test rows, count item statistics (popularity, item_knn) in the train and validation items; "
-            "learned weights stay."
+            "help": "For test rows, recount item statistics (popularity, item_knn) over the train and validation "
+            "items; learned weights stay."
         },
     )
     cross_fit: int = field(
         default=0,
         metadata={
             "help": "Folds of users: candidates of a fold's train positions come from a retriever fitted without its "
-            "users, which costs a fit for each fold; 0 = from the retriever itself, which has learned from them."
+            "users, at the cost of one more fit per fold; 0 = from the retriever itself, which was trained on them."
         },
     )
 
-    knn_window: int = field(
-        default=50, metadata={"help": "item_knn: items at most this many steps apart count as neighbours."}
-    )
+    knn_window: int = field(default=50, metadata={"help": "item_knn: items at most this far apart are neighbours."})
     knn_backward_weight: float = field(
-        default=0.5, metadata={"help": "item_knn: weight of the item before, where the item after weighs 1."}
+        default=0.5, metadata={"help": "item_knn: weight of the preceding item; the following item has weight 1."}
     )
     knn_recency: float = field(
-        default=0.6, metadata={"help": "item_knn: weight of a history item for each step back from the newest."}
+        default=0.6, metadata={"help": "item_knn: factor on a history item's weight per step back from the newest."}
     )
     knn_popularity_exponent: float = field(
         default=0.3,
-        metadata={"help": "item_knn: each history item's weights are divided by its train count to this power."},
+        metadata={"help": "item_knn: a history item's weights are divided by its count to this power."},
     )
 
     text_encoder: str = field(
-        default="tfidf", metadata={"help": 'What reads the titles: "tfidf", or a sentence-transformers model.'}
+        default="tfidf", metadata={"help": 'Encoder of the titles: "tfidf", or a sentence-transformers model.'}
     )
     text_recency: float = field(
-        default=0.6, metadata={"help": "text: weight of a history item for each step back from the newest."}
+        default=0.6, metadata={"help": "text: factor on a history item's weight per step back from the newest."}
     )
-    text_neighbours: int = field(default=200, metadata={"help": "text: similar items that are kept for each item."})
+    text_neighbours: int = field(default=200, metadata={"help": "text: how many similar items are kept per item."})
 
     hybrid_components: list[str] = field(
         default_factory=lambda: ["lrurec", "sasrec", "item_knn", "text"],
-        metadata={"help": "hybrid: the retrievers that it combines, each with the settings here."},
+        metadata={"help": "hybrid: the retrievers it combines, each fitted with the settings here."},
     )
 
     start_from_titles: bool = field(
         default=False,
-        metadata={"help": "Neural retrievers: item embeddings start from the titles instead of from chance."},
+        metadata={"help": "Neural retrievers: initialise item embeddings from titles, not at random."},
     )
     hidden_size: int = field(default=64, metadata={"help": "Neural retrievers: width of embeddings and layers."})
     num_layers: int = field(default=2, metadata={"help": "Neural retrievers: number of blocks."})
     num_heads: int = field(default=2, metadata={"help": "bert4rec and sasrec: attention heads."})
     mask_probability: float = field(
-        default=0.6, metadata={"help": "bert4rec: how probably an item is masked in training; one of a row always is."}
+        default=0.6,
+        metadata={"help": "bert4rec: probability of masking an item in training (at least one per row)."},
     )
     dropout: float = field(default=0.5, metadata={"help": "Neural retrievers: dropout probability."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Neural retrievers: peak learning rate of AdamW."})
     lr_scheduler_type: str = field(
         default="constant",
         metadata={
-            "help": "Neural retrievers: course of the learning rate: constant, or linear or cosine, which fall to 0 "
-            "all epochs (then let patience be as high).",
+            "help": "Neural retrievers: learning rate schedule: constant, or linear or cosine, which decay to 0 over "
+            "all epochs (set patience to the number of epochs then).",
             "choices": list(SCHEDULES),
         },
     )
     weight_decay: float = field(default=0.01, metadata={"help": "Neural retrievers: weight decay of AdamW."})
-    batch_size: int = field(
-        default=128, metadata={"help": "Neural retrievers: sequences per training step, on average."}
-    )
-    epochs: int = field(default=100, metadata={"help": "Neural retrievers: most epochs to train."})
+    batch_size: int = field(default=128, metadata={"help": "Neural retrievers: mean sequences per training step."})
+    epochs: int = field(default=100, metadata={"help": "Neural retrievers: maximum number of epochs."})
     patience: int = field(
         default=5,
         metadata={
             "help": "Neural retrievers: stop after this many epochs without a better validation NDCG@10 and keep the "
-            "best epoch; 0 = no validation, all epochs, the last one is kept."
+            "best epoch; 0 = no validation: train all epochs and keep the last."
         },
     )
     seed: int = field(default=42, metadata={"help": "Seed of initial weights, dropout and the order of batches."})
 
     def __post_init__(self):
         check_types(self)
-        if self.retriever not in SYSTEMS:
-            raise ValueError(f"retriever must be one of {', '.join(SYSTEMS)}; got {self.retriever!r}.")
+        RETRIEVERS.check(self.retriever)
         if self.lr_scheduler_type not in SCHEDULES:
             raise ValueError(f"lr_scheduler_type must be in {', '.join(SCHEDULES)}; got {self.lr_scheduler_type!r}.")
-        unknown = sorted(set(self.hybrid_components) - set(SYSTEMS[:-1]))
+        allowed = [name for name in RETRIEVERS if name != "hybrid"]
+        unknown = sorted(set(self.hybrid_components) - set(allowed))
         if unknown:
-            raise ValueError(f"hybrid_components holds {', '.join(unknown)}; it may hold {', '.join(SYSTEMS[:-1])}.")
+            raise ValueError(f"hybrid_components holds {', '.join(unknown)}; it may hold {', '.join(allowed)}.")
         if not self.hybrid_components or len(set(self.hybrid_components)) < len(self.hybrid_components):
             raise ValueError(f"hybrid_components is {self.hybrid_components}; it must name some retrievers, each once.")
         if self.cross_fit == 1:

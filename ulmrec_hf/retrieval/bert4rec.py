@@ -2,14 +2,13 @@
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel
 
 from .attention import SelfAttention
 from .neural import NeuralRetriever, NeuralRetrieverConfig, RetrieverOutput
 
 
 class BERT4RecConfig(NeuralRetrieverConfig):
-    """The config of `BERT4RecModel`.
+    """The config of `BERT4Rec`.
 
     Attributes:
         num_heads: attention heads; hidden_size must be a multiple.
@@ -41,7 +40,7 @@ class BERT4RecBlock(nn.Module):
         return self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
 
 
-class BERT4RecModel(NeuralRetriever):
+class BERT4Rec(NeuralRetriever):
     """BERT4Rec with tied item embeddings; the mask is item num_items + 1, which is never scored.
 
     Positions count from the end of the row, as they do in the paper, which pads on the left: a history is scored at a
@@ -102,7 +101,3 @@ def _places_from_end(input_ids: torch.Tensor) -> torch.Tensor:
     """int64 [batch, length]: 0 at the last item of each row, 1 at the one before, below 0 at padding."""
     real = input_ids > 0
     return real.sum(1, keepdim=True) - 1 - torch.arange(real.shape[1], device=real.device)
-
-
-AutoConfig.register("bert4rec", BERT4RecConfig, exist_ok=True)
-AutoModel.register(BERT4RecConfig, BERT4RecModel, exist_ok=True)

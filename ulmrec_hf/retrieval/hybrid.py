@@ -1,4 +1,4 @@
-"""The hybrid: several retrievers' best items, ranked together by what the validation targets teach."""
+"""The hybrid: the best items of several retrievers, ranked together by a model fitted on the validation targets."""
 
 import logging
 import os
@@ -13,24 +13,26 @@ from safetensors.torch import load_file, save_file
 from scipy.optimize import minimize
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import set_seed
 
+from ..protocol import HELD_OUT, target_positions
 from ..tables import Sequences
+from .arguments import RETRIEVERS, RetrieverArguments
 from .base import Retriever, RetrieverConfig, load_retriever
-from .candidates import split_positions
 from .topk import hide, seen_places, top_items
 
 logger = logging.getLogger(__name__)
 
 _BATCH = 256
 _POOL = 100  # the best items of each component that are ranked together
-_RIDGE = 1e-3  # keeps a weight that the targets say nothing of at 0
-_HELD_OUT = 5  # every so many users judge the network instead of teaching it
-_FEWEST = 500  # users with a target in the pool below which the weights alone are fitted
+_NETWORK = 32  # width of the combiner's network
+_RIDGE = 1e-3  # keeps a weight that the targets do not determine at 0
+_EVALUATE_EVERY = 5  # one in so many users evaluates the network instead of training it
+_FEWEST = 500  # with fewer users whose target is in the pool, only the weights are fitted
 
 
 class HybridConfig(RetrieverConfig):
-    """The config of `HybridRetriever`.
+    """The config of `Hybrid`.
 
     Attributes:
         components: the retrievers that are combined; each is saved in a folder of that name.
@@ -40,14 +42,14 @@ class HybridConfig(RetrieverConfig):
     model_type = "hybrid"
 
     components: list[str] | None = None
-    network_size: int = 32
+    network_size: int = _NETWORK
 
 
 class Combiner(nn.Module):
-    """One score from what each retriever says of an item: a weighted sum of log-scores, plus a small network.
+    """One score from each retriever's score of an item: a weighted sum of log-scores, plus a small network.
 
-    The weighted sum is a product of experts. The network may say what no sum can, such as that an item which two
-    retrievers rank first is better than either says. It starts at zero.
+    The weighted sum is a product of experts. The network can express what no sum can, such as that an item ranked first
+    by two retrievers is better than either score implies. Its output starts at zero.
 
     Args:
         components: how many retrievers there are.
@@ -83,12 +85,12 @@ class Combiner(nn.Module):
         return {"loss": nn.functional.cross_entropy(scores, target)}
 
 
-class HybridRetriever(Retriever):
+class Hybrid(Retriever):
     """Ranks the best 100 items of each component together by a `Combiner`; all others follow by the weighted sum.
 
     The weights maximise the likelihood of the validation targets under the softmax of the sum (a conditional logit), a
-    concave problem with one number for each component. The network then learns from four fifths of the users what the
-    sum cannot say, and stays only as far as it is better for the last fifth.
+    concave problem with one number per component. The network is then trained on four fifths of the users, and kept
+    only where it lowers the loss of the last fifth.
     """
 
     config_class = HybridConfig
@@ -97,27 +99,27 @@ class HybridRetriever(Retriever):
         self.config, self.components, self.combiner = config, list(components), combiner.eval()
 
     @classmethod
-    def fit(
-        cls,
-        components: Sequence[Retriever],
-        sequences: Sequences,
-        *,
-        network_size: int = 32,
-        max_users: int = 20_000,
-        seed: int = 42,
+    def fit_sequences(cls, sequences: Sequences, titles: Sequence[str], args: RetrieverArguments) -> Self:
+        """See `Retriever.fit_sequences`; fits the components in their order, then the combiner."""
+        parts = [RETRIEVERS[name].fit_sequences(sequences, titles, args) for name in args.hybrid_components]
+        return cls.combine(parts, sequences, seed=args.seed)
+
+    @classmethod
+    def combine(
+        cls, components: Sequence[Retriever], sequences: Sequences, *, max_users: int = 20_000, seed: int = 42
     ) -> Self:
-        """Fits the combiner.
+        """Fits the combiner of retrievers that are fitted already.
+
+        With fewer than 500 users whose target a component finds, it is the weights alone.
 
         Args:
-            components: retrievers that were fitted on the train part alone, of different names.
+            components: retrievers of different names, fitted on the train part alone.
             sequences: whole sequences; of each user the train part and the validation target are read.
-            network_size: width of the combiner's network; 0 = the weights alone. With fewer than 500 users whose target
-                a component finds, there is none either.
-            max_users: users, evenly spread, that it is fitted on.
+            max_users: it is fitted on at most this many users, evenly spread.
             seed: of the network.
 
         Raises:
-            ValueError: two components of one name, one of another catalogue, or nobody has a validation target.
+            ValueError: two components of one name, one of another catalogue, or no user with a validation target.
         """
         names = [component.name for component in components]
         if len(set(names)) < len(names) or not names:
@@ -125,23 +127,28 @@ class HybridRetriever(Retriever):
         for component in components:
             component.check_catalogue(sequences.catalogue)
         pools = validation_pools(components, sequences, max_users)
-        combiner = fit_combiner(pools, network_size if len(pools["target"]) >= _FEWEST else 0, seed)
+        combiner = fit_combiner(pools, _NETWORK if len(pools["target"]) >= _FEWEST else 0, seed)
         config = HybridConfig(
             num_items=sequences.num_items,
             catalogue=sequences.catalogue,
             max_history=max(component.config.max_history for component in components),
             components=names,
-            network_size=0 if combiner.network is None else network_size,
+            network_size=0 if combiner.network is None else _NETWORK,
         )
         return cls(config, components, combiner)
 
-    def refit(self, sequences: Sequences) -> "HybridRetriever":
+    @property
+    def training_history(self) -> list[dict[str, float | str]]:
+        """That of the components, one after the other."""
+        return [epoch for part in self.components for epoch in part.training_history]
+
+    def refit(self, sequences: Sequences) -> "Hybrid":
         """See `Retriever.refit`; the combiner stays."""
-        return HybridRetriever(self.config, [part.refit(sequences) for part in self.components], self.combiner)
+        return Hybrid(self.config, [part.refit(sequences) for part in self.components], self.combiner)
 
     @property
     def weights(self) -> dict[str, float]:
-        """How much one unit of each component's log-score counts in the weighted sum."""
+        """The weight of one unit of each component's log-score in the weighted sum."""
         return dict(zip(self.config.components, _linear_weights(self.combiner).tolist(), strict=True))
 
     @torch.inference_mode()
@@ -152,7 +159,7 @@ class HybridRetriever(Retriever):
         total = torch.zeros_like(scores[0])
         for weight, part in zip(self.weights.values(), scores, strict=True):
             total.add_(part, alpha=weight)
-        hide(total)  # -inf at padding times a weight may be anything: it is set again
+        hide(total)  # -inf at padding times a weight of 0 or below is no longer -inf
         items, features, real = pool(scores, seen_places(histories))
         best = self.combiner.score(features)
         lowest = best.masked_fill(~real, torch.inf).amin(1, keepdim=True)
@@ -179,7 +186,7 @@ class HybridRetriever(Retriever):
 
 
 def pool(scores: list[torch.Tensor], seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The best items of each component, each once, and what all components say of them.
+    """The best items of each component, each once, and all components' scores of them.
 
     Args:
         scores: the components' log-scores, float32 [batch, num_items + 1] each; changed in place: -inf at seen items.
@@ -202,30 +209,30 @@ def pool(scores: list[torch.Tensor], seen: torch.Tensor) -> tuple[torch.Tensor, 
 
 @torch.inference_mode()
 def validation_pools(components: Sequence[Retriever], sequences: Sequences, max_users: int) -> dict[str, torch.Tensor]:
-    """What the combiner is fitted on: one row for each user whose validation target is among the components' best.
+    """What the combiner is fitted on: one row per user whose validation target is among the components' best items.
 
     Returns:
         `features`, float32 [users, places, 2 * components], and `real`, bool [users, places], see `pool`, and `target`,
         int64 [users], the place of the target.
 
     Raises:
-        ValueError: nobody has a validation target after a non-empty train part, or no component finds one.
+        ValueError: no user has a validation target after a non-empty train part, or no component finds one.
     """
-    rows = split_positions(sequences, "validation")
-    users = rows.users[rows.positions > 0]
+    users, positions = target_positions(sequences.lengths, "validation")
+    users = users[positions > 0]
     if not len(users):
         raise ValueError("no user has a validation target after a non-empty train part to fit a hybrid on.")
     users = users[np.unique(np.linspace(0, len(users) - 1, min(max_users, len(users))).astype(np.int64))]
     found: dict[str, list[torch.Tensor]] = {"features": [], "real": [], "target": []}
     for start in tqdm(range(0, len(users), _BATCH), desc="hybrid: validation scores", unit="batch"):
         lists = [sequences[user] for user in users[start : start + _BATCH]]
-        histories = [items[:-2] for items in lists]
+        histories = [items[:-HELD_OUT] for items in lists]
         items, features, real = pool(
             [component.log_scores(histories).cpu() for component in components], seen_places(histories)
         )
-        is_target = real & (items == torch.tensor([int(row[-2]) for row in lists])[:, None])
-        # A target that no component finds says nothing of the order within the pool. Adding it would say that high
-        # scores are a bad sign: it is there whatever its scores, all others for their high ones.
+        is_target = real & (items == torch.tensor([int(row[-HELD_OUT]) for row in lists])[:, None])
+        # A target that no component finds carries no information on the order within the pool. Adding it would teach
+        # that high scores are a bad sign: it would be there despite its scores, all others because of theirs.
         kept = is_target.any(1)
         for name, values in (("features", features), ("real", real), ("target", is_target.int().argmax(1))):
             found[name].append(values[kept])
@@ -236,53 +243,42 @@ def validation_pools(components: Sequence[Retriever], sequences: Sequences, max_
 
 
 def fit_combiner(pools: dict[str, torch.Tensor], network_size: int, seed: int) -> Combiner:
-    """Fits the weights, then the network where it helps, on what `validation_pools` returns."""
+    """Fits the weights, then the network if it helps, on what `validation_pools` returns."""
     features, real = pools["features"], pools["real"]
     set_seed(seed)
     combiner = Combiner(features.shape[2] // 2, network_size)
     combiner.mean.copy_(features[real].mean(0))
     combiner.scale.copy_(features[real].std(0).clamp(min=1e-6))
-    taught = torch.arange(len(features)) % _HELD_OUT > 0 if network_size else torch.ones(len(features), dtype=bool)
+    taught = (
+        torch.arange(len(features)) % _EVALUATE_EVERY > 0 if network_size else torch.ones(len(features), dtype=bool)
+    )
     _fit_weights(combiner, {name: values[taught] for name, values in pools.items()})
     if not network_size:
         return combiner
+    from transformers import Trainer  # takes long to import, and loading needs none
+
+    from .trainer import training_arguments
+
+    args = RetrieverArguments(
+        seed=seed, epochs=10, batch_size=64, learning_rate=3e-3, weight_decay=0.01, lr_scheduler_type="cosine"
+    )
     rows = [dict(zip(pools, values, strict=True)) for values in zip(*pools.values(), strict=True)]
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             combiner,
-            TrainingArguments(
-                folder,
-                seed=seed,
-                num_train_epochs=10,
-                per_device_train_batch_size=64,
-                per_device_eval_batch_size=_BATCH,
-                learning_rate=3e-3,
-                weight_decay=0.01,
-                lr_scheduler_type="cosine",
-                eval_strategy="epoch",
-                save_strategy="epoch",
-                save_only_model=True,
-                save_total_limit=1,
-                load_best_model_at_end=True,
-                label_names=["target"],
-                prediction_loss_only=True,
-                logging_strategy="epoch",
-                remove_unused_columns=False,
-                use_cpu=True,
-                report_to="none",
-            ),
+            training_arguments(args, folder, label_names=["target"], prediction_loss_only=True, use_cpu=True),
             train_dataset=[row for row, kept in zip(rows, taught.tolist(), strict=True) if kept],
             eval_dataset=[row for row, kept in zip(rows, taught.tolist(), strict=True) if not kept],
         )
         before = trainer.evaluate()["eval_loss"]
         trainer.train()
         after = trainer.evaluate()["eval_loss"]
-    logger.info("hybrid: loss of held-out users %.4f by weights alone, %.4f with the network", before, after)
+    logger.info("hybrid: held-out loss %.4f with weights alone, %.4f with the network", before, after)
     return combiner if after < before else fit_combiner(pools, 0, seed)
 
 
 def _fit_weights(combiner: Combiner, pools: dict[str, torch.Tensor]) -> None:
-    """Sets the weights under which the softmax over each user's places most expects the target."""
+    """Sets the weights that maximise the likelihood of the targets under the softmax over each user's places."""
     network, combiner.network = combiner.network, None
 
     def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:

@@ -1,24 +1,26 @@
-"""Sequential item-kNN: what followed, or came shortly before, the items of the history in other users' sequences."""
+"""Sequential item-kNN: what followed or shortly preceded the items of the history in other users' sequences."""
 
+from collections.abc import Sequence
 from typing import Self
 
 import numpy as np
 from scipy import sparse
 
 from ..tables import Sequences
+from .arguments import RetrieverArguments
 from .neighbours import NeighbourConfig, NeighbourRetriever
 
-_FOLD = 1 << 22  # how many pairs are held before they are summed, at least
+_FOLD = 1 << 22  # at least so many pairs are held before they are summed
 
 
 class ItemKNNConfig(NeighbourConfig):
-    """The config of `ItemKNNRetriever`.
+    """The config of `ItemKNN`.
 
     Attributes:
         window: items at most this many steps apart are neighbours.
-        backward_weight: weight of the earlier item of a pair as the neighbour of the later one; forward weighs 1.
-        popularity_exponent: what a history item leads to is divided by its train count to this power, since an item
-            that everybody has tells little.
+        backward_weight: weight of the earlier item of a pair as a neighbour of the later one; the reverse has 1.
+        popularity_exponent: the weights of a history item are divided by its train count to this power, since an item
+            that everybody has carries little information.
     """
 
     model_type = "item_knn"
@@ -28,7 +30,7 @@ class ItemKNNConfig(NeighbourConfig):
     popularity_exponent: float = 0.3
 
 
-class ItemKNNRetriever(NeighbourRetriever):
+class ItemKNN(NeighbourRetriever):
     """Neighbours are items of the same user.
 
     W[i, j] sums 1 / distance over the pairs where j follows i within the window in a train sequence, plus
@@ -36,25 +38,25 @@ class ItemKNNRetriever(NeighbourRetriever):
     """
 
     config_class = ItemKNNConfig
+    settings_prefix = "knn_"
 
     @classmethod
-    def fit(cls, train: Sequences, **settings: float) -> Self:
-        """Sums the pairs of `train`, which must be the train part alone; time and memory are linear in its length.
+    def fit_sequences(cls, sequences: Sequences, titles: Sequence[str], args: RetrieverArguments) -> Self:
+        """See `Retriever.fit_sequences`; time and memory are linear in the number of interactions."""
+        return cls.count(sequences.train_part(), cls.make_config(sequences, args))
 
-        Args:
-            settings: fields of `ItemKNNConfig`.
-        """
-        config = ItemKNNConfig(**settings)
-        follows = _sum_pairs(train, config.window)
+    @classmethod
+    def count(cls, sequences: Sequences, config: ItemKNNConfig) -> Self:
+        """Sums the pairs of these sequences, all of whose items are read."""
+        follows = _sum_pairs(sequences, config.window)
         weights = (follows + config.backward_weight * follows.T).tocsr()
-        counts = np.maximum(train.counts(), 1)
+        counts = np.maximum(sequences.counts(), 1)
         weights.data /= np.repeat(counts**config.popularity_exponent, np.diff(weights.indptr))
-        return cls.from_weights(weights, train, **settings)
+        return cls.from_weights(config, weights, sequences.counts())
 
-    def refit(self, sequences: Sequences) -> "ItemKNNRetriever":
+    def refit(self, sequences: Sequences) -> "ItemKNN":
         """See `Retriever.refit`."""
-        names = ("max_history", "recency", "window", "backward_weight", "popularity_exponent")
-        return self.fit(sequences, **{name: getattr(self.config, name) for name in names})
+        return self.count(sequences, self.config)
 
 
 def _sum_pairs(train: Sequences, window: int) -> sparse.csr_array:
@@ -70,7 +72,7 @@ def _sum_pairs(train: Sequences, window: int) -> sparse.csr_array:
         other = earlier != later
         pending.append((earlier[other], later[other], np.full(int(other.sum()), 1 / distance)))
         held += len(pending[-1][0])
-        # folding only when as much waits as is summed already keeps the whole sum linear
+        # summing only once the pending pairs outnumber the sum keeps the total cost linear
         if held >= max(_FOLD, total.nnz):
             total, pending, held = total + _to_csr(pending, size), [], 0
     return total + _to_csr(pending, size)

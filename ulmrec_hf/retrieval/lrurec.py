@@ -4,14 +4,13 @@ import math
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel
 from transformers import initialization as init
 
 from .neural import NeuralRetriever, NeuralRetrieverConfig
 
 
 class LRURecConfig(NeuralRetrieverConfig):
-    """The config of `LRURecModel`.
+    """The config of `LRURec`.
 
     Attributes:
         min_radius, max_radius: the ring in the complex plane from which the initial eigenvalues are drawn, in (0, 1).
@@ -78,7 +77,7 @@ class LRURecBlock(nn.Module):
         return self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
 
 
-class LRURecModel(NeuralRetriever):
+class LRURec(NeuralRetriever):
     """LRURec with tied item embeddings; right padding is never read, since the recurrence only looks back."""
 
     config_class = LRURecConfig
@@ -107,7 +106,3 @@ class LRURecModel(NeuralRetriever):
         init.copy_(module.nu, torch.log(-0.5 * torch.log(square)))
         init.copy_(module.theta, torch.log(2 * math.pi * (1 - torch.rand_like(module.theta))))  # (0, 2 pi]
         init.copy_(module.log_gamma, 0.5 * torch.log(1 - square))
-
-
-AutoConfig.register("lrurec", LRURecConfig, exist_ok=True)
-AutoModel.register(LRURecConfig, LRURecModel, exist_ok=True)

@@ -4,13 +4,12 @@ import math
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel
 
 from .neural import NeuralRetriever, NeuralRetrieverConfig
 
 
 class NARMConfig(NeuralRetrieverConfig):
-    """The config of `NARMModel`; the layers are those of its GRU.
+    """The config of `NARM`; the layers are those of its GRU.
 
     Initial weights are larger than in the other models, since no layer norm brings small states back to size.
     """
@@ -21,7 +20,7 @@ class NARMConfig(NeuralRetrieverConfig):
     initializer_range: float = 0.1
 
 
-class NARMModel(NeuralRetriever):
+class NARM(NeuralRetriever):
     """A GRU whose last state is joined with a sum of all its states, weighed by how they fit the last one.
 
     The paper predicts the end of a session alone; here each position is the end of the items up to it, so that all
@@ -50,7 +49,3 @@ class NARMModel(NeuralRetriever):
         pairs = torch.sigmoid(self.query(states)[:, :, None] + self.key(states)[:, None])
         alpha = self.energy(pairs).squeeze(-1).tril()  # no softmax: the weights may sum to anything
         return self.bilinear(self.dropout(torch.cat([states, alpha @ states], dim=-1)))
-
-
-AutoConfig.register("narm", NARMConfig, exist_ok=True)
-AutoModel.register(NARMConfig, NARMModel, exist_ok=True)

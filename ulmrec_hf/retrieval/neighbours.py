@@ -1,7 +1,7 @@
-"""What retrievers by neighbouring items share: a sparse matrix of what leads to what, and scoring by the history."""
+"""What retrievers by neighbouring items share: a sparse matrix of item-to-item weights, and scoring by the history."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import torch
@@ -11,15 +11,16 @@ from ..tables import Sequences
 from .base import CountingRetriever, RetrieverConfig
 from .topk import hide
 
-_POPULARITY_SHARE = 1e-6  # far below any weight that counts: it only orders items that no history item leads to
-_FLOOR = 0.01  # the share of the best item's score that is given to every item on the log scale
+_POPULARITY_SHARE = 1e-6  # far below any weight that matters: orders items that no history item leads to
+_FLOOR = 0.01  # on the log scale, the share of the best item's score that every item gets
 
 
 class NeighbourConfig(RetrieverConfig):
     """What the config of every `NeighbourRetriever` holds.
 
     Attributes:
-        recency: weight of a history item for each step back from the newest, in [0, 1]; at 0 it counts alone.
+        recency: factor on a history item's weight per step back from the newest, in [0, 1]; at 0 the newest counts
+            alone.
     """
 
     recency: float = 0.6
@@ -40,19 +41,19 @@ class NeighbourRetriever(CountingRetriever):
         self.weights = sparse.csr_array((arrays["data"], arrays["indices"], arrays["indptr"]), shape=(size, size))
 
     @classmethod
-    def from_weights(cls, weights: sparse.csr_array, train: Sequences, **settings: Any) -> Self:
-        """A retriever with these weights, csr [num_items + 1, num_items + 1]; `settings` are fields of its config."""
+    def from_weights(cls, config: NeighbourConfig, weights: sparse.csr_array, counts: np.ndarray) -> Self:
+        """A retriever with these weights, csr [num_items + 1, num_items + 1], and counts, int64 [num_items + 1]."""
         weights.sort_indices()
         arrays = {
-            "counts": train.counts(),
+            "counts": counts,
             "data": weights.data.astype(np.float32),
             "indices": weights.indices.astype(np.int32),
             "indptr": weights.indptr.astype(np.int64),
         }
-        return cls(cls.config_class(num_items=train.num_items, catalogue=train.catalogue, **settings), arrays)
+        return cls(config, arrays)
 
     def refit(self, sequences: Sequences) -> "NeighbourRetriever":
-        """See `Retriever.refit`; here the counts by which the items follow that no history item leads to."""
+        """See `Retriever.refit`; here the counts that order the items without a neighbour in the history."""
         return type(self)(self.config, self.arrays | {"counts": sequences.counts()})
 
     def score(self, histories: Iterable[Sequence[int]]) -> torch.Tensor:
@@ -66,7 +67,7 @@ class NeighbourRetriever(CountingRetriever):
         found, popularity = self._led_to(histories), self._popularity()
         lengths = np.diff(found.indptr)
         some = np.flatnonzero(lengths)
-        # logs are dear: they are taken where there is a neighbour; all others have almost 0, in order of popularity
+        # logs are expensive: taken only where there is a neighbour; all others get almost 0, in order of popularity
         found.data += popularity[found.indices]
         best = np.maximum.reduceat(found.data, found.indptr[some]) if len(some) else np.ones(0, np.float32)
         best = np.maximum(best, 1e-30)

@@ -3,15 +3,20 @@
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel, set_seed
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
+from ..tables import Sequences
+from .arguments import RetrieverArguments
 from .base import Retriever, RetrieverConfig
+from .rows import pad_right
+from .text import title_embeddings
 
 _CELLS = 1 << 20  # logits that are held at once in training: 4 MB, which stay in a processor's cache
 
@@ -38,7 +43,7 @@ class RetrieverOutput(ModelOutput):
 
     Attributes:
         loss: mean cross-entropy over the labelled positions, if labels were given.
-        logits: float [batch, num_items + 1], the item after the last one of each row, if no labels were given.
+        logits: float [batch, num_items + 1], of the item after the last one of each row, if no labels were given.
         last_hidden_state: float [batch, length, hidden_size].
     """
 
@@ -48,7 +53,7 @@ class RetrieverOutput(ModelOutput):
 
 
 class NeuralRetriever(Retriever, PreTrainedModel):
-    """The base of the neural retrievers; a subclass sets `config_class` and implements `encode`.
+    """The base of neural retrievers; a subclass sets `config_class` and implements `encode`.
 
     Rows are padded on the right with item 0. The output is tied: the logit of item j is its embedding times the hidden
     state, plus a bias for each item.
@@ -58,10 +63,33 @@ class NeuralRetriever(Retriever, PreTrainedModel):
     base_model_prefix = "retriever"
     main_input_name = "input_ids"
 
+    def __init_subclass__(cls, **kwargs: Any):
+        """Makes a subclass with a config of its own known to transformers' Auto classes."""
+        super().__init_subclass__(**kwargs)
+        if "config_class" in vars(cls):
+            AutoConfig.register(cls.config_class.model_type, cls.config_class, exist_ok=True)
+            AutoModel.register(cls.config_class, cls, exist_ok=True)
+
     def __init__(self, config: NeuralRetrieverConfig):
         super().__init__(config)
         self.item_embedding = nn.Embedding(config.num_items + 1, config.hidden_size, padding_idx=0)
         self.item_bias = nn.Parameter(torch.zeros(config.num_items + 1))
+
+    @classmethod
+    def fit_sequences(cls, sequences: Sequences, titles: Sequence[str], args: RetrieverArguments) -> Self:
+        """See `Retriever.fit_sequences`; seeds torch, numpy and random with `args.seed`.
+
+        Raises:
+            ValueError: nothing to train on, nothing to validate on, or a loss that is not finite.
+        """
+        from .trainer import train  # a Trainer takes long to import, and loading needs none
+
+        set_seed(args.seed)
+        model = cls(cls.make_config(sequences, args))
+        if args.start_from_titles:
+            model.start_from(title_embeddings(titles, args.text_encoder, args.hidden_size))
+        model.training_history = [{"retriever": model.name} | epoch for epoch in train(model, sequences, args)]
+        return model
 
     @abstractmethod
     def encode(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -82,7 +110,7 @@ class NeuralRetriever(Retriever, PreTrainedModel):
             last = (input_ids > 0).sum(1).sub(1).clamp(min=0)  # an empty row is read as padding alone
             rows = torch.arange(len(last), device=last.device)
             return RetrieverOutput(logits=self._logits(hidden[rows, last]), last_hidden_state=hidden)
-        # logits over the catalogue are by far the dearest part: only where there is something to predict
+        # logits over the catalogue are by far the most expensive part: only where there is something to predict
         labelled = labels > 0
         weight, bias = self._output()
         chunks = nn.LinearCrossEntropyOptions(batch_chunk_size=max(1, _CELLS // len(weight)), acc_policy="compact")
@@ -93,7 +121,7 @@ class NeuralRetriever(Retriever, PreTrainedModel):
         return RetrieverOutput(loss=loss, last_hidden_state=hidden)
 
     def start_from(self, vectors: np.ndarray) -> None:
-        """Sets the first dimensions of the item embeddings to vectors of mean square 1, scaled like the usual start.
+        """Sets the first dimensions of the item embeddings to vectors of mean square 1, scaled like initial weights.
 
         Args:
             vectors: float32 [num_items, at most hidden_size], one for each of the items 1..num_items.
@@ -127,7 +155,7 @@ class NeuralRetriever(Retriever, PreTrainedModel):
             if getattr(module, "bias", None) is not None:
                 init.zeros_(module.bias)
             if getattr(module, "padding_idx", None) is not None:
-                init.zeros_(module.weight[0])  # stays 0 for ever: no position reads it, and it has no gradient
+                init.zeros_(module.weight[0])  # stays 0: no position reads it, and it has no gradient
         elif isinstance(module, nn.GRU):
             for name, parameter in module.named_parameters():
                 (init.zeros_ if name.startswith("bias") else init.xavier_uniform_)(parameter)
@@ -136,11 +164,3 @@ class NeuralRetriever(Retriever, PreTrainedModel):
             init.zeros_(module.bias)
         elif isinstance(module, NeuralRetriever):
             init.zeros_(module.item_bias)
-
-
-def pad_right(rows: Sequence[Sequence[int]]) -> torch.Tensor:
-    """int64 [rows, longest], padded on the right with 0, at least one column wide."""
-    padded = np.zeros((len(rows), max(1, *(len(row) for row in rows), 1)), dtype=np.int64)
-    for place, row in enumerate(rows):
-        padded[place, : len(row)] = row
-    return torch.from_numpy(padded)

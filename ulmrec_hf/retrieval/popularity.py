@@ -7,30 +7,30 @@ import numpy as np
 import torch
 
 from ..tables import Sequences
+from .arguments import RetrieverArguments
 from .base import CountingRetriever, RetrieverConfig
 
 
 class PopularityConfig(RetrieverConfig):
-    """The config of `PopularityRetriever`."""
+    """The config of `Popularity`."""
 
     model_type = "popularity"
 
 
-class PopularityRetriever(CountingRetriever):
+class Popularity(CountingRetriever):
     """Scores an item by how often it occurs in the train part, whatever the history."""
 
     config_class = PopularityConfig
     array_names = ("counts",)
 
     @classmethod
-    def fit(cls, train: Sequences) -> Self:
-        """Counts the items of `train`, which must be the train part alone."""
-        config = PopularityConfig(num_items=train.num_items, catalogue=train.catalogue)
-        return cls(config, {"counts": train.counts()})
+    def fit_sequences(cls, sequences: Sequences, titles: Sequence[str], args: RetrieverArguments) -> Self:
+        """See `Retriever.fit_sequences`."""
+        return cls(cls.make_config(sequences, args), {"counts": sequences.train_part().counts()})
 
-    def refit(self, sequences: Sequences) -> "PopularityRetriever":
+    def refit(self, sequences: Sequences) -> "Popularity":
         """See `Retriever.refit`."""
-        return self.fit(sequences)
+        return Popularity(self.config, {"counts": sequences.counts()})
 
     def score(self, histories: Iterable[Sequence[int]]) -> torch.Tensor:
         """Train counts, float32 [batch, num_items + 1]; see `Retriever.score`."""

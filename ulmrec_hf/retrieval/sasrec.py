@@ -4,14 +4,13 @@ import math
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel
 
 from .attention import SelfAttention
 from .neural import NeuralRetriever, NeuralRetrieverConfig
 
 
 class SASRecConfig(NeuralRetrieverConfig):
-    """The config of `SASRecModel`.
+    """The config of `SASRec`.
 
     Attributes:
         num_heads: attention heads; hidden_size must be a multiple.
@@ -41,7 +40,7 @@ class SASRecBlock(nn.Module):
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
 
 
-class SASRecModel(NeuralRetriever):
+class SASRec(NeuralRetriever):
     """SASRec with tied item embeddings, trained by cross-entropy over all items instead of one sampled negative.
 
     The paper pads on the left and so counts positions from the newest item; here the oldest item of a row has position
@@ -65,7 +64,3 @@ class SASRecModel(NeuralRetriever):
         for block in self.blocks:
             hidden = block(hidden)
         return self.norm(hidden)
-
-
-AutoConfig.register("sasrec", SASRecConfig, exist_ok=True)
-AutoModel.register(SASRecConfig, SASRecModel, exist_ok=True)

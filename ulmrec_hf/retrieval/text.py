@@ -1,7 +1,7 @@
 """Title text: items whose titles resemble those of the history."""
 
 import functools
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Sequence
 from typing import Self
 
 import numpy as np
@@ -9,13 +9,14 @@ from scipy import sparse
 
 from ..sentence_encoder import load_sentence_encoder
 from ..tables import Sequences
+from .arguments import RetrieverArguments
 from .neighbours import NeighbourConfig, NeighbourRetriever
 
 _CELLS = 1 << 22  # similarities that are held at once: 16 MB
 
 
 class TextConfig(NeighbourConfig):
-    """The config of `TextRetriever`.
+    """The config of `TitleText`.
 
     Attributes:
         encoder: "tfidf", or the sentence-transformers model that the titles were encoded with.
@@ -28,40 +29,36 @@ class TextConfig(NeighbourConfig):
     neighbours: int = 200
 
 
-class TextRetriever(NeighbourRetriever):
+class TitleText(NeighbourRetriever):
     """Neighbours are items with similar titles: W[i, j] is the cosine of their TF-IDF rows or embeddings.
 
     Only each item's most similar items are kept, so that memory and time at scoring do not grow with the square of the
-    catalogue. No interaction is read but for the popularity that orders all other items.
+    catalogue. Interactions are read only for the popularity that orders all other items.
     """
 
     config_class = TextConfig
+    settings_prefix = "text_"
 
     @classmethod
-    def fit(cls, train: Sequences, titles: SequenceOf[str], **settings: float | str) -> Self:
-        """Compares the titles.
-
-        Args:
-            train: the train part.
-            titles: of the items 1..num_items, in that order.
-            settings: fields of `TextConfig`.
+    def fit_sequences(cls, sequences: Sequences, titles: Sequence[str], args: RetrieverArguments) -> Self:
+        """See `Retriever.fit_sequences`.
 
         Raises:
             ValueError: another number of titles than items, or titles without words.
         """
-        config = TextConfig(**settings)
-        if len(titles) != train.num_items:
-            raise ValueError(f"the catalogue has {train.num_items} items but {len(titles)} titles were given.")
-        vectors = encode_titles(titles, config.encoder)
-        return cls.from_weights(_most_similar(vectors, config.neighbours), train, **settings)
+        if len(titles) != sequences.num_items:
+            raise ValueError(f"the catalogue has {sequences.num_items} items but {len(titles)} titles were given.")
+        config = cls.make_config(sequences, args)
+        weights = _most_similar(encode_titles(titles, config.encoder), config.neighbours)
+        return cls.from_weights(config, weights, sequences.train_part().counts())
 
 
-def encode_titles(titles: SequenceOf[str], encoder: str) -> np.ndarray | sparse.csr_array:
+def encode_titles(titles: Sequence[str], encoder: str) -> np.ndarray | sparse.csr_array:
     """Unit vectors of the titles, float32 [titles, dim]: TF-IDF rows (sparse) or a sentence encoder's embeddings."""
     return _encode_titles(tuple(titles), encoder)
 
 
-@functools.lru_cache(maxsize=1)  # the parts of a hybrid ask for the same
+@functools.lru_cache(maxsize=1)  # the components of a hybrid need the same
 def _encode_titles(titles: tuple[str, ...], encoder: str) -> np.ndarray | sparse.csr_array:
     if encoder != "tfidf":
         return load_sentence_encoder(encoder).encode(list(titles), normalize_embeddings=True, batch_size=128)
@@ -74,8 +71,8 @@ def _encode_titles(titles: tuple[str, ...], encoder: str) -> np.ndarray | sparse
         raise ValueError(f"the {len(titles)} titles hold no words to compare: {error}") from error
 
 
-def title_embeddings(titles: SequenceOf[str], encoder: str, size: int) -> np.ndarray:
-    """float32 [titles, at most size]: the main directions of `encode_titles`, of mean square 1 over all numbers."""
+def title_embeddings(titles: Sequence[str], encoder: str, size: int) -> np.ndarray:
+    """float32 [titles, at most size]: the principal directions of `encode_titles`, with mean square 1."""
     from sklearn.decomposition import TruncatedSVD
 
     vectors = encode_titles(titles, encoder)

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+_NAN = "the retriever's scores are NaN: its training diverged; lower learning_rate and fit again."
+
 
 def seen_places(histories: Sequence[Sequence[int]]) -> torch.Tensor:
     """int64 [items in all histories, 2]: the places (row, item) of the scores that belong to a history."""
@@ -21,22 +23,23 @@ def hide(scores: torch.Tensor, places: torch.Tensor | None = None) -> torch.Tens
     return scores
 
 
-def ranks_of(scores: torch.Tensor, targets: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+def ranks_of(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """The targets' ranks in the whole catalogue without the seen items.
 
     Args:
-        scores: float [batch, num_items + 1]; changed in place: -inf at padding and seen items.
+        scores: float [batch, num_items + 1], padding and seen items at -inf (see `hide`).
         targets: int64 [batch].
-        seen: int64 [n, 2], see `seen_places`.
 
     Returns:
-        int64 [batch], 1 = best; 0 where the target itself was seen, and so cannot be reached.
+        int64 [batch], 1 = best; 0 where the target itself was seen, and so cannot be retrieved.
+
+    Raises:
+        ValueError: the scores are NaN.
     """
-    hide(scores, seen)
     target_scores = scores.gather(1, targets[:, None])
     if torch.isnan(target_scores).any():
-        raise ValueError("the retriever's scores are NaN: it was not trained well, lower learning_rate and fit again.")
-    # int32, since bools are summed four times slower to the default int64
+        raise ValueError(_NAN)
+    # int32: summing bools into the default int64 is four times slower
     ranks = 1 + (scores > target_scores).sum(1, dtype=torch.int32).long()
     equal = scores == target_scores
     tied = equal.sum(1, dtype=torch.int32) > 1
@@ -54,15 +57,18 @@ def top_items(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]
         k: how many; fewer come back from a smaller catalogue.
 
     Returns:
-        Items int64 [batch, k] and their scores float32 [batch, k]; a score of -inf says that the row has no more items.
+        Items, int64 [batch, k], and their scores, float32 [batch, k]; -inf where the row has no more items.
+
+    Raises:
+        ValueError: the scores are NaN.
     """
     k = min(k, scores.shape[1] - 1)
     values, items = scores.topk(k + 1)
     if torch.isnan(values).any():
-        raise ValueError("the retriever's scores are NaN: it was not trained well, lower learning_rate and fit again.")
+        raise ValueError(_NAN)
     tied = (values[:, k - 1] == values[:, k]) & (values[:, k] > -torch.inf)
     values, items = values[:, :k], items[:, :k]
-    if tied.any():  # topk keeps any of the items that tie for the last place
+    if tied.any():  # topk may keep any of the items that tie for the last place
         edge, kept = values[tied, -1:], items[tied]
         last = values[tied] == edge
         row, item = (scores[tied] == edge).nonzero(as_tuple=True)
