@@ -3,15 +3,14 @@
 import copy
 import json
 import os
-import re
 from collections.abc import Iterable
 from pathlib import Path
-from string import ascii_lowercase
 
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
-_USER_TOKEN = re.compile(r"<([a-z])_(\d+)>")
+from .user_index import MAX_LEVELS, user_token, user_tokens
+
 _SETTINGS = "user_index"
 
 
@@ -45,38 +44,19 @@ class UserTokenizer(TokenizersBackend):
             ValueError: the base already holds one of the user tokens (unless it is a UserTokenizer of the same size),
                 has no fast backend, or has neither a pad nor an end token; or a size is out of range.
         """
-        if not 0 <= levels <= len(ascii_lowercase):
+        if not 0 <= levels <= MAX_LEVELS:
             raise ValueError(
-                f"levels must be 1 to {len(ascii_lowercase)} (one letter a level), or 0 for no user tokens; "
-                f"got {levels}."
+                f"levels must be 1 to {MAX_LEVELS} (one letter a level), or 0 for no user tokens; got {levels}."
             )
         if codebook_size < 1:
             raise ValueError(f"codebook_size must be at least 1, got {codebook_size}.")
         if isinstance(base, str | os.PathLike):
             base = AutoTokenizer.from_pretrained(base, **kwargs)
-        name = getattr(base, "name_or_path", "") or type(base).__name__
-        if getattr(base, "backend_tokenizer", None) is None:
-            raise ValueError(f"The tokenizer {name!r} has no fast (tokenizers) backend; choose a base model that has.")
         settings = {"levels": levels, "codebook_size": codebook_size}
-        held = base.init_kwargs.get(_SETTINGS)
-        tokens = [f"<{letter}_{code}>" for letter in ascii_lowercase[:levels] for code in range(codebook_size)]
-        if held is not None and dict(held) != settings:
-            raise ValueError(
-                f"The tokenizer {name!r} already holds user tokens of {held['levels']} levels x "
-                f"{held['codebook_size']} codes, but {levels} x {codebook_size} are asked for: "
-                "use those sizes, or start from the base model's own tokenizer."
-            )
-        vocabulary = base.get_vocab()
-        taken = [token for token in tokens if token in vocabulary]
-        if held is None and taken:
-            raise ValueError(
-                f"The tokenizer {name!r} already holds the token {taken[0]}, which is to stand for a user's code "
-                f"({len(taken)} of {len(tokens)} such tokens are taken): choose another base model."
-            )
+        tokens = [token for level in user_tokens(levels, codebook_size) for token in level]
+        _check_base(base, settings, tokens)
         special = dict(base.special_tokens_map)
         if special.get("pad_token") is None:
-            if special.get("eos_token") is None:
-                raise ValueError(f"The tokenizer {name!r} has neither a pad nor an end token: set one of them.")
             special["pad_token"] = special["eos_token"]  # labels are masked by position, never by the pad id
         backend = copy.deepcopy(base.backend_tokenizer)
         backend.no_truncation()  # an earlier call of the base may have left them on, and they would be saved
@@ -109,10 +89,7 @@ class UserTokenizer(TokenizersBackend):
     @property
     def user_token_ids(self) -> list[list[int]]:
         """Token ids [levels][codebook_size]."""
-        return [
-            self.convert_tokens_to_ids([f"<{letter}_{code}>" for code in range(self.codebook_size)])
-            for letter in ascii_lowercase[: self.levels]
-        ]
+        return [self.convert_tokens_to_ids(level) for level in user_tokens(self.levels, self.codebook_size)]
 
     def encode_user(self, codes: Iterable[int]) -> list[int]:
         """The token ids of a user index, one a level.
@@ -125,9 +102,7 @@ class UserTokenizer(TokenizersBackend):
             raise ValueError(
                 f"A user index has {self.levels} codes of 0 to {self.codebook_size - 1}, but {codes} were given."
             )
-        return self.convert_tokens_to_ids(
-            [f"<{letter}_{code}>" for letter, code in zip(ascii_lowercase, codes, strict=False)]
-        )
+        return self.convert_tokens_to_ids([user_token(level, code) for level, code in enumerate(codes)])
 
     def decode_user(self, ids: Iterable[int]) -> tuple[int, ...]:
         """The codes of a user index's token ids, the inverse of `encode_user`.
@@ -136,14 +111,13 @@ class UserTokenizer(TokenizersBackend):
             ValueError: the ids are not one user token of each level in order.
         """
         ids = [int(token_id) for token_id in ids]
-        tokens = [token or "" for token in self.convert_ids_to_tokens(ids)]
-        matches = [_USER_TOKEN.fullmatch(token) for token in tokens]
-        letters = "".join(match.group(1) if match else "?" for match in matches)
-        if letters != ascii_lowercase[: self.levels]:
+        try:
+            return tuple(level.index(token_id) for level, token_id in zip(self.user_token_ids, ids, strict=True))
+        except ValueError:
             raise ValueError(
-                f"The ids {ids} are the tokens {tokens}, not one user token of each of the {self.levels} levels."
-            )
-        return tuple(int(match.group(2)) for match in matches)
+                f"The ids {ids} are the tokens {self.convert_ids_to_tokens(ids)}, not one user token of each of the "
+                f"{self.levels} levels."
+            ) from None
 
     @property
     def _settings(self) -> dict[str, int]:
@@ -162,3 +136,26 @@ class UserTokenizer(TokenizersBackend):
         saved["tokenizer_class"] = "PreTrainedTokenizerFast"
         config.write_text(json.dumps(saved, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
         return super()._save_pretrained(save_directory, file_names, *args, **kwargs)
+
+
+def _check_base(base: PreTrainedTokenizerBase, settings: dict[str, int], tokens: list[str]) -> None:
+    """Raises a ValueError where the base cannot be extended by these tokens."""
+    name = getattr(base, "name_or_path", "") or type(base).__name__
+    if getattr(base, "backend_tokenizer", None) is None:
+        raise ValueError(f"The tokenizer {name!r} has no fast (tokenizers) backend; choose a base model that has.")
+    held = base.init_kwargs.get(_SETTINGS)
+    if held is not None and dict(held) != settings:
+        raise ValueError(
+            f"The tokenizer {name!r} already holds user tokens of {held['levels']} levels x "
+            f"{held['codebook_size']} codes, but {settings['levels']} x {settings['codebook_size']} are asked for: "
+            "use those sizes, or start from the base model's own tokenizer."
+        )
+    vocabulary = base.get_vocab()
+    taken = [token for token in tokens if token in vocabulary]
+    if held is None and taken:
+        raise ValueError(
+            f"The tokenizer {name!r} already holds the token {taken[0]}, which is to stand for a user's code "
+            f"({len(taken)} of {len(tokens)} such tokens are taken): choose another base model."
+        )
+    if base.pad_token is None and base.eos_token is None:
+        raise ValueError(f"The tokenizer {name!r} has neither a pad nor an end token: set one of them.")

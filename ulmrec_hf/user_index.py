@@ -1,10 +1,11 @@
-"""UserIndex: user id -> codes. Unique, or it raises."""
+"""The grammar of user tokens, and UserIndex: user id -> codes. Unique, or it raises."""
 
 import os
 import re
 import string
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -12,16 +13,28 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .files import write_table
+from .registry import Registry
 
-_TOKEN = re.compile(r"<([a-z])_(0|[1-9][0-9]*)>")
-_SPELLED = re.compile(rf"(?:{_TOKEN.pattern})+")
 MAX_CODEBOOK_SIZE = 2**16  # codes are uint16
 MAX_LEVELS = len(string.ascii_lowercase)
+_USER_TOKEN = re.compile(r"<([a-z])_(0|[1-9][0-9]*)>")
+# One or more adjacent user tokens, of whatever levels.
+USER_INDEX_PATTERN = re.compile(r"(?:<[a-z]_(?:0|[1-9][0-9]*)>)+")
+
+
+def user_token(level: int, code: int) -> str:
+    """The user token of a code, such as `<a_219>`; levels count from 0."""
+    return f"<{string.ascii_lowercase[level]}_{code}>"
+
+
+def user_tokens(levels: int, codebook_size: int) -> list[list[str]]:
+    """All user tokens, [levels][codebook_size]."""
+    return [[user_token(level, code) for code in range(codebook_size)] for level in range(levels)]
 
 
 def spell_codes(codes: Sequence[int]) -> str:
     """Spells codes as user tokens: (219, 2, 95, 238) -> `<a_219><b_2><c_95><d_238>`."""
-    return "".join(f"<{letter}_{int(code)}>" for letter, code in zip(string.ascii_lowercase, codes, strict=False))
+    return "".join(user_token(level, int(code)) for level, code in enumerate(codes))
 
 
 def parse_codes(text: str) -> tuple[int, ...]:
@@ -30,7 +43,7 @@ def parse_codes(text: str) -> tuple[int, ...]:
     Raises:
         ValueError: the text is anything but user tokens of the levels a, b, c, ... in this order.
     """
-    found = _TOKEN.findall(text) if _SPELLED.fullmatch(text) else []
+    found = _USER_TOKEN.findall(text) if USER_INDEX_PATTERN.fullmatch(text) else []
     if not found or "".join(letter for letter, _ in found) != string.ascii_lowercase[: len(found)]:
         raise ValueError(f"{text!r} is not a user index; one is spelled like <a_219><b_2><c_95><d_238>.")
     return tuple(int(code) for _, code in found)
@@ -62,14 +75,29 @@ def check_indices(levels: int, codebook_size: int) -> None:
         )
 
 
-# How a user's index is spelled, by (map, row). The paper's Figure 9 compares codes, numbers and ids.
-KINDS: dict[str, Callable[["UserIndex", int], str]] = {
-    "codes": lambda index, row: spell_codes(index.codes[row]),
-    "text": lambda index, row: "-".join(map(str, index.codes[row])),
-    "number": lambda index, row: str(index.numbers[row]),
-    "id": lambda index, row: index.user_ids[index.numbers[row]],
-}
-NUMBERED = ("number", "id")  # these are spelled by a row's number, not by its codes
+@dataclass(frozen=True)
+class IndexKind:
+    """A way to spell a user's index in prompts.
+
+    Attributes:
+        spell: gives the text of a user from (index, row).
+        by_number: the text depends on the user's entry in `UserIndex.numbers`, not on the codes alone.
+        adds_tokens: the text consists of user tokens, which the base model's tokenizer is extended by.
+    """
+
+    spell: Callable[["UserIndex", int], str]
+    by_number: bool = False
+    adds_tokens: bool = False
+
+
+# The paper's Figure 9 compares codes, numbers and ids.
+KINDS = Registry(
+    "index_kind",
+    codes=IndexKind(lambda index, row: spell_codes(index.codes[row]), adds_tokens=True),
+    text=IndexKind(lambda index, row: "-".join(map(str, index.codes[row]))),
+    number=IndexKind(lambda index, row: str(index.numbers[row]), by_number=True),
+    id=IndexKind(lambda index, row: index.user_ids[index.numbers[row]], by_number=True),
+)
 
 
 class UserIndex:
@@ -79,8 +107,8 @@ class UserIndex:
         user_ids: one id a user, all different.
         codes: integers, shape [users, levels], each in [0, codebook_size), all rows different.
         codebook_size: codes per level, at most 65,536.
-        kind: what `spell` writes: `codes`, user tokens; `text`, the same codes as plain text; `number`, the user's row
-            in the map; `id`, the user id, as it is (see `ulmrec_hf.data.prompts.spell_user`).
+        kind: what `spell` writes, one of `KINDS`: `codes`, user tokens; `text`, the same codes as plain text; `number`,
+            the user's row in the map; `id`, the user id, unchanged (see `ulmrec_hf.prompts.spell_user`).
         numbers: the row whose number and id each user bears: its own, but in a shuffled map.
 
     Raises:
@@ -96,8 +124,7 @@ class UserIndex:
         kind: str = "codes",
         numbers: np.ndarray | None = None,
     ):
-        if kind not in KINDS:
-            raise ValueError(f"index_kind is {kind!r}; it must be one of {', '.join(KINDS)}.")
+        KINDS.check(kind)
         codes = np.asarray(codes)
         if codes.ndim != 2 or not 1 <= codes.shape[1] <= MAX_LEVELS or not np.issubdtype(codes.dtype, np.integer):
             raise ValueError(
@@ -176,7 +203,7 @@ class UserIndex:
 
     def spell(self, user_id: str) -> str:
         """The user's index as text: by default user tokens, such as `<a_219><b_2><c_95><d_238>`; see `kind`."""
-        return KINDS[self.kind](self, self._row(user_id))
+        return KINDS[self.kind].spell(self, self._row(user_id))
 
     @cached_property
     def keys(self) -> np.ndarray:
@@ -186,7 +213,7 @@ class UserIndex:
     def merge(self, other: "UserIndex") -> "UserIndex":
         """The users of both maps, those of `other` that are new after the others; equal entries are one.
 
-        It is spelled as this map is; new users are numbered on.
+        It is of this map's kind; new users get the next numbers.
 
         Raises:
             ValueError: the maps have other levels or codebook sizes, a user has another index in each, or two users
@@ -212,7 +239,7 @@ class UserIndex:
         if len(taken):
             owner = np.flatnonzero((self.codes == codes[taken[0]]).all(axis=1))[0]
             other._refuse(new[taken[0]], self.user_ids[owner], len(taken))
-        # Both maps are sound, and so is the result: only what is new is looked at, since one user may join a million.
+        # Both maps are valid, so only what is new is checked: one user may join a million.
         merged = copy(self)
         merged.user_ids = self.user_ids + users
         merged.codes = np.concatenate([self.codes, codes])
@@ -224,14 +251,14 @@ class UserIndex:
         return merged
 
     def shuffled(self, seed: int) -> "UserIndex":
-        """The same users and the same set of codes (numbers, ids), dealt out anew: what a placebo run uses."""
+        """The same users with the same codes (numbers, ids) permuted among them: what a placebo run uses."""
         order = np.random.default_rng(seed).permutation(len(self))
         return UserIndex(self.user_ids, self.codes[order], self.codebook_size, self.kind, self.numbers[order])
 
     def to_parquet(self, path: str | os.PathLike) -> None:
         """Writes columns user_id and codes (list<uint16>) atomically; codebook_size goes into the schema metadata.
 
-        A kind other than codes goes there as index_kind; number and id also have the column number (int32).
+        A kind other than codes goes there as index_kind; those spelled by number also have the column number (int32).
         """
         offsets = np.arange(0, self.codes.size + 1, self.levels, dtype=np.int32)
         table = pa.table(
@@ -243,7 +270,7 @@ class UserIndex:
         metadata = {"codebook_size": str(self.codebook_size)}
         if self.kind != "codes":
             metadata["index_kind"] = self.kind
-        if self.kind in NUMBERED:
+        if KINDS[self.kind].by_number:
             table = table.append_column("number", pa.array(self.numbers))
         write_table(path, table.replace_schema_metadata(metadata))
 
@@ -272,15 +299,11 @@ class UserIndex:
             )
         flat = codes.flatten().to_numpy()
         kind = metadata.get(b"index_kind", b"codes").decode()
-        numbers = table["number"].to_numpy() if kind in NUMBERED and "number" in table.column_names else None
+        size, numbers = int(metadata[b"codebook_size"]), None
         try:
-            return cls(
-                table["user_id"].to_pylist(),
-                flat.reshape(len(table), -1),
-                int(metadata[b"codebook_size"]),
-                kind,
-                numbers,
-            )
+            if KINDS[KINDS.check(kind)].by_number and "number" in table.column_names:
+                numbers = table["number"].to_numpy()
+            return cls(table["user_id"].to_pylist(), flat.reshape(len(table), -1), size, kind, numbers)
         except ValueError as error:
             raise ValueError(f"{path} is not a user index: {error}") from None
 

@@ -67,7 +67,7 @@ def test_manifest_and_a_stream_of_texts(whole, encoder, tmp_path):
     assert other.rows(np.array([0])).any() and json.loads((tmp_path / "c" / "embeddings.json").read_text()) != manifest
 
 
-def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(whole, encoder, tmp_path, monkeypatch):
+def test_a_killed_run_resumes_and_ends_with_the_same_bytes(whole, encoder, tmp_path, monkeypatch):
     encode, calls = encoder.encode, []
 
     def dies_in_the_third_shard(texts):
@@ -139,7 +139,9 @@ def test_other_embeddings_are_refused(whole, encoder, tmp_path):
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     before = bytes_of(tmp_path)
     tfidf = TfidfEncoder(8).fit(TEXTS)
-    with pytest.raises(ValueError, match=rf'embeddings\.json tells of other.*dim was 16, is {tfidf.dim}; .*is "tfidf"'):
+    with pytest.raises(
+        ValueError, match=rf'embeddings\.json describes other.*dim was 16, is {tfidf.dim}; .*is "tfidf"'
+    ):
         write_embeddings(tmp_path, TEXTS, tfidf, shard_texts=SHARD)
     cls = PretrainedEncoder(encoder.name, "cls")
     with pytest.raises(ValueError, match=r'other embeddings: pooling was "auto", is "cls"\.'):

@@ -4,17 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from ulmrec_hf.indexing.assignment import nearest_codes
+from ulmrec_hf.indexing.arguments import PRESETS, IndexArguments
+from ulmrec_hf.indexing.assignment import count_collisions, nearest_codes
+from ulmrec_hf.indexing.dataset import ArrayTable, Input, UserDataset
 from ulmrec_hf.indexing.encoder import TfidfEncoder
-from ulmrec_hf.indexing.indexer import (
-    PRESETS,
-    UserDataset,
-    UserIndexer,
-    latent_vectors,
-    reconstruction_errors,
-    train_indexer,
-)
-from ulmrec_hf.indexing.inputs import ArrayTable, Input
+from ulmrec_hf.indexing.indexer import UserIndexer, UserIndexerConfig
 
 SIZES = {"embedding_dim": 16, "codebook_size": 8, "levels": 3, "code_dim": 6, "hidden_sizes": (24,)}
 
@@ -33,10 +27,17 @@ def dataset() -> UserDataset:
     return UserDataset(inputs, offsets, ArrayTable(users), max_reviews=4)
 
 
+TRAINING = {"steps": 40, "autoencoder_steps": 20, "batch_size": 64, "learning_rate": 5e-3, "refit_codebooks": False}
+
+
+def make_indexer(**settings) -> UserIndexer:
+    return UserIndexer(UserIndexerConfig(**SIZES, **settings))
+
+
 def make_trained(dataset: UserDataset, **settings) -> UserIndexer:
     torch.manual_seed(0)
-    indexer = UserIndexer(**SIZES, **settings)
-    train_indexer(indexer, dataset, steps=40, autoencoder_steps=20, batch_size=64, learning_rate=5e-3, seed=0)
+    indexer = make_indexer(**settings)
+    indexer.train_on(dataset, IndexArguments(**TRAINING))
     return indexer
 
 
@@ -61,7 +62,7 @@ def test_inputs_are_joined_by_weight_and_interactions_without_any_left_out():
 
 
 def test_attention_is_eq_1():
-    indexer = UserIndexer(**SIZES, preset="paper")
+    indexer = make_indexer(preset="paper")
     torch.manual_seed(0)
     with torch.no_grad():
         indexer.attention.normal_()
@@ -75,14 +76,14 @@ def test_attention_is_eq_1():
 
 
 def test_without_attention_a_user_is_the_mean(dataset):
-    indexer = UserIndexer(**SIZES, preset="paper", attention=False)
+    indexer = make_indexer(preset="paper", attention=False)
     batch = dataset.collate([5])
     torch.testing.assert_close(indexer.pool(**batch), batch["texts"].mean(dim=1))
     assert indexer.attention is None
 
 
 def test_user_without_text_is_zero_and_harmless(dataset):
-    indexer = UserIndexer(**SIZES)
+    indexer = make_indexer()
     assert not indexer.pool(**dataset.collate([239])).any()
     loss = indexer(**dataset.collate([0, 239]))["loss"]
     loss.backward()
@@ -93,7 +94,7 @@ def test_attention_receives_gradient(dataset):
     encoder = TfidfEncoder(16)
     batch = dataset.collate(list(range(64)))
     batch["user_ids"] = torch.from_numpy(encoder.encode_user_ids([f"A{user}XQ" for user in range(64)]))
-    indexer = UserIndexer(**SIZES)
+    indexer = make_indexer()
     indexer(**batch)["loss"].backward()
     assert indexer.attention.grad.abs().max() > 1e-6
     batch["user_ids"] = torch.zeros_like(batch["user_ids"])  # what TF-IDF itself would make of an id
@@ -107,7 +108,7 @@ def test_attention_receives_gradient(dataset):
 def test_refitted_codebooks_are_the_means_of_those_nearest(preset, users):
     """Lloyd's fixed point, level by level; of 5 users each has a code of its own, and the rest are repeated."""
     torch.manual_seed(0)
-    indexer, latents = UserIndexer(**SIZES, preset=preset), torch.randn(users, 6)
+    indexer, latents = make_indexer(preset=preset), torch.randn(users, 6)
     indexer.refit_codebooks(latents)
     codes, residuals = nearest_codes(latents.numpy(), indexer.codebooks.numpy()), latents.numpy().copy()
     for level, codebook in enumerate(indexer.codebooks.numpy()):
@@ -122,7 +123,7 @@ def test_refitted_codebooks_are_the_means_of_those_nearest(preset, users):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_quantization_loss_is_eq_5(preset):
     torch.manual_seed(0)
-    indexer = UserIndexer(**SIZES, preset=preset, beta=0.25)
+    indexer = make_indexer(preset=preset, beta=0.25)
     indexer.start_codebooks(torch.randn(64, 6))
     latents = torch.randn(10, 6, requires_grad=True)
     codes = torch.from_numpy(nearest_codes(latents.detach().numpy(), indexer.codebooks.numpy()))
@@ -143,21 +144,33 @@ def test_quantization_loss_is_eq_5(preset):
 
 
 def test_training_learns_and_does_not_collapse(trained, dataset):
-    fresh = UserIndexer(**SIZES, preset=trained.preset)
+    fresh = make_indexer(preset=trained.settings.preset)
     batch = dataset.collate(list(range(240)))
     with torch.no_grad():
         before, after = (indexer.pool(**batch).var(dim=0).sum() for indexer in (fresh, trained))
     assert trained.attention.abs().max() > 1e-3  # A has moved, and with it the target of the reconstruction
     assert after > 0.7 * before
-    latents = latent_vectors(trained, dataset).numpy()
-    codes = nearest_codes(latents, trained.codebooks.numpy())
-    errors = reconstruction_errors(trained, dataset, codes)
-    assert errors[-1] < 0.8 * float(after) and errors[-1] < errors[0]
-    assert all(len(np.unique(level)) >= 5 for level in codes.T)
+    assignment = trained.assign(dataset)
+    assert assignment.errors[-1] < 0.8 * float(after) and assignment.errors[-1] < assignment.errors[0]
+    assert all(len(np.unique(level)) >= 5 for level in assignment.nearest.T)
+
+
+def test_one_pass_gives_what_each_step_gives(trained, dataset, monkeypatch):
+    monkeypatch.setattr("ulmrec_hf.indexing.base._BATCH", 7)
+    assignment, latents = trained.assign(dataset), trained.latents(dataset).numpy()
+    assert assignment.silent == 1 and count_collisions(assignment.codes) == 0
+    np.testing.assert_array_equal(assignment.latents, latents)
+    np.testing.assert_array_equal(assignment.nearest, nearest_codes(latents, trained.codebooks.numpy()))
+    vectors, quantized = torch.cat(list(trained.vectors(dataset))), torch.zeros(240, 6)
+    for level, codebook in enumerate(trained.codebooks):
+        quantized = quantized + codebook[assignment.nearest[:, level]]
+        with torch.no_grad():
+            error = (vectors - trained.decoder(quantized)).square().sum(dim=1).mean()
+        assert assignment.errors[level] == pytest.approx(float(error), abs=1e-4)
 
 
 def test_users_of_one_taste_share_first_codes(trained, dataset):
-    codes = nearest_codes(latent_vectors(trained, dataset).numpy(), trained.codebooks.numpy())[:239, 0]
+    codes = nearest_codes(trained.latents(dataset).numpy(), trained.codebooks.numpy())[:239, 0]
     tastes = np.arange(239) % 8
     same = tastes[:, None] == tastes
     agree = codes[:, None] == codes
@@ -168,12 +181,17 @@ def test_users_of_one_taste_share_first_codes(trained, dataset):
 def test_saves_and_loads_the_same_codes(trained, dataset, tmp_path):
     trained.save_pretrained(tmp_path)
     again = UserIndexer.from_pretrained(tmp_path).eval()
-    latents = latent_vectors(again, dataset)
-    torch.testing.assert_close(latents, latent_vectors(trained, dataset), rtol=0, atol=0)
+    latents = again.latents(dataset)
+    torch.testing.assert_close(latents, trained.latents(dataset), rtol=0, atol=0)
     torch.testing.assert_close(again.codebooks, trained.codebooks, rtol=0, atol=0)
     torch.testing.assert_close(again.quantizer(latents)[1], trained.quantizer(latents)[1])
     config = json.loads((tmp_path / "config.json").read_text())
-    assert config["codebook_size"] == 8 and config["preset"] == trained.preset and config["encoder_name"] == "tfidf"
+    assert (
+        config["codebook_size"] == 8
+        and config["preset"] == trained.settings.preset
+        and config["encoder_name"] == "tfidf"
+    )
+    assert config["indexer"] == "rq_vae"
     assert not {file.suffix for file in tmp_path.iterdir()} & {".bin", ".pt", ".pkl"}
 
 
@@ -185,4 +203,4 @@ def test_equal_seeds_equal_weights(dataset):
 
 def test_unknown_preset():
     with pytest.raises(ValueError, match="preset must be one of default, paper; got 'best'"):
-        UserIndexer(**SIZES, preset="best")
+        make_indexer(preset="best")

@@ -5,31 +5,36 @@ import pytest
 
 from tests.data_stage import write_data_stage
 from ulmrec_hf.files import write_table
+from ulmrec_hf.indexing.dataset import ArrayTable
 from ulmrec_hf.indexing.encoder import TfidfEncoder
-from ulmrec_hf.indexing.inputs import ArrayTable, InputEncoder, TrainPart, fit_inputs, item_vectors, read_inputs
+from ulmrec_hf.indexing.inputs import InputEncoder, TrainPart, item_vectors
+from ulmrec_hf.tables import LeaveOneOut, Sequences
 
 
-def make_train(lists, items=6, ratings=None, times=None):
-    flat = np.concatenate([np.asarray(row, np.int32) for row in lists])
+def make_sequences(lists, items=6):
+    return Sequences.from_lists(lists, [f"item{item}" for item in range(1, items + 1)])
+
+
+def make_train(lists, weights, **numbers):
     return TrainPart(
+        weights,
+        {},
+        {name: np.array(values, float) for name, values in numbers.items()},
         [f"user{user}" for user in range(len(lists))],
-        np.cumsum([0, *map(len, lists)]),
-        flat,
-        [f"item{item}" for item in range(1, items + 1)],
-        np.full(len(flat), np.nan, np.float32) if ratings is None else np.array(ratings, np.float32),
-        np.full(len(flat), np.nan) if times is None else np.array(times, float),
+        [f"item{item}" for item in range(1, 7)],
+        make_sequences(lists),
     )
 
 
 def test_items_of_the_same_users_are_near():
-    vectors = item_vectors(make_train([[1, 2], [1, 2], [1, 2, 3], [4, 5], [4, 5], [5, 4]]), 3, 50)
+    vectors = item_vectors(make_sequences([[1, 2], [1, 2], [1, 2, 3], [4, 5], [4, 5], [5, 4]]), 3, 50)
     np.testing.assert_allclose(np.linalg.norm(vectors[:5], axis=1), 1, rtol=1e-5)
     assert vectors[0] @ vectors[1] > 0.9 > 0.3 > vectors[0] @ vectors[3]
     assert not vectors[5].any()  # nobody chose it
 
 
 def test_only_the_newest_interactions_count():
-    with_old = item_vectors(make_train([[6, 1, 2], [6, 1, 2], [4, 5], [4, 5]]), 3, 2)
+    with_old = item_vectors(make_sequences([[6, 1, 2], [6, 1, 2], [4, 5], [4, 5]]), 3, 2)
     assert not with_old[5].any() and with_old[0] @ with_old[1] > 0.9
 
 
@@ -37,7 +42,7 @@ def test_ratings_and_times_are_points_on_circles():
     encoder = InputEncoder({"ratings": 1.0, "times": 2.0}, ranges={"ratings": [1, 5], "times": [0.0, 1e9]})
     assert encoder.dim == 6
     vectors = encoder.encode(ratings=[1, 5, 3, float("nan")], times=[0, 1e9, 5e8, float("nan")])
-    assert vectors.shape == (3, 6) and vectors.dtype == np.float32  # the last one tells nothing
+    assert vectors.shape == (3, 6) and vectors.dtype == np.float32  # the last one has nothing
     np.testing.assert_allclose(vectors[0, :2], [1, 0], atol=1e-6)
     np.testing.assert_allclose(vectors[1, :2], [0, 1], atol=1e-6)
     np.testing.assert_allclose(vectors[2, :2], [0.5**0.5] * 2, atol=1e-6)
@@ -51,13 +56,12 @@ def test_ratings_and_times_are_points_on_circles():
 
 
 def test_new_users_get_the_vectors_that_training_users_got():
-    train = make_train([[1, 2, 3], [3, 2], [2, 1, 3]], ratings=[5, 1, 3, 2, 2, 4, 1, 1], times=range(8))
-    encoder = TfidfEncoder(4).fit(["red lamp", "blue tent", "red tent"])
     weights = {"cooccurrence": 1.0, "ratings": 0.5, "times": 2.0}
-    fitted, inputs = fit_inputs(weights, {}, train, None, None, cooccurrence_dim=2, max_reviews=50)
-    rows = [
-        np.concatenate([part.weight * part.table.rows(part.ids[[place]])[0] for part in inputs]) for place in range(3)
-    ]
+    lists = [[1, 2, 3], [3, 2], [2, 1, 3]]
+    train = make_train(lists, weights, ratings=[5, 1, 3, 2, 2, 4, 1, 1], times=range(8))
+    encoder = TfidfEncoder(4).fit(["red lamp", "blue tent", "red tent"])
+    fitted = InputEncoder.fit(train, None, cooccurrence_dim=2)
+    rows = fitted.dataset(train).collate([0])["texts"][0]
     vectors = fitted.encode(cooccurrence=["item1", "item2", "item3"], ratings=[5, 1, 3], times=[0, 1, 2])
     np.testing.assert_allclose(vectors, rows, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(
@@ -87,11 +91,11 @@ def test_values_as_people_have_them():
 
 
 def test_saves_and_loads_the_same(tmp_path):
-    train = make_train([[1, 2, 3], [3, 2]], ratings=[5, 1, 3, 2, 2])
-    weights = {"cooccurrence": 1.0, "ratings": 0.5}
-    fitted, _ = fit_inputs(weights, {}, train, None, None, cooccurrence_dim=2, max_reviews=50)
+    train = make_train([[1, 2, 3], [3, 2]], {"cooccurrence": 1.0, "ratings": 0.5}, ratings=[5, 1, 3, 2, 2])
+    fitted = InputEncoder.fit(train, None, cooccurrence_dim=2, max_reviews=7, user_ids=True)
     fitted.save(tmp_path)
     again = InputEncoder.load(tmp_path)
+    assert again.max_reviews == 7 and again.user_ids
     values = {"cooccurrence": ["item3"], "ratings": [4.5]}
     np.testing.assert_array_equal(again.encode(**values), fitted.encode(**values))
     assert again.dim == fitted.dim == 4
@@ -100,12 +104,33 @@ def test_saves_and_loads_the_same(tmp_path):
 
 
 def test_reads_the_train_part_alone(tmp_path):
-    folder = write_data_stage(tmp_path / "data", 12)
-    weights, texts, train = read_inputs(["auto", "cooccurrence"], [], folder)
-    assert weights == {"reviews": 1.0, "cooccurrence": 1.0} and list(texts) == ["reviews"]
-    assert len(train.items) == train.offsets[-1] == len(texts["reviews"].text_ids)
-    other = write_data_stage(tmp_path / "other", 12, other_held_out=True)
-    assert np.array_equal(read_inputs(["auto"], [], other)[2].items, train.items)
+    data = LeaveOneOut.load(write_data_stage(tmp_path / "data", 12))
+    train = TrainPart.read(data, ["auto", "cooccurrence"])
+    assert train.weights == {"reviews": 1.0, "cooccurrence": 1.0} and list(train.texts) == ["reviews"]
+    assert len(train.sequences.items) == train.sequences.offsets[-1] == len(train.texts["reviews"].text_ids)
+    other = LeaveOneOut.load(write_data_stage(tmp_path / "other", 12, other_held_out=True))
+    assert np.array_equal(TrainPart.read(other, ["auto"]).sequences.items, train.sequences.items)
+
+
+def test_the_order_of_the_inputs_does_not_reach_the_encoder(tmp_path):
+    data = LeaveOneOut.load(write_data_stage(tmp_path / "data", 12))
+    train = TrainPart.read(data, ["titles", "reviews"], [1.0, 0.5])
+    assert list(train.weights.items()) == [("titles", 1.0), ("reviews", 0.5)] and list(train.texts) == [
+        "reviews",
+        "titles",
+    ]
+
+
+def test_users_of_other_data_get_the_vectors_that_training_users_got(tmp_path):
+    train = make_train([[1, 2, 3], [3, 2]], {"cooccurrence": 1.0, "ratings": 0.5}, ratings=[5, 1, 3, 2, 2])
+    fitted = InputEncoder.fit(train, None, cooccurrence_dim=2)
+    item_ids = ["item3", "never seen", "item1"]
+    sequences = Sequences.from_lists([[1, 2], [3]], item_ids)
+    other = TrainPart(train.weights, {}, {"ratings": np.array([np.nan, 4, 1])}, ["new", "other"], item_ids, sequences)
+    batch = fitted.dataset(other).collate([0, 1])
+    expected = fitted.encode(cooccurrence=["item3", "never seen"], ratings=[None, 4])
+    np.testing.assert_allclose(batch["texts"][0], expected, rtol=1e-6)
+    np.testing.assert_allclose(batch["texts"][1, :1], fitted.encode(cooccurrence=["item1"], ratings=[1]), rtol=1e-6)
 
 
 def test_ratings_that_some_lack_are_read(tmp_path):
@@ -114,7 +139,8 @@ def test_ratings_that_some_lack_are_read(tmp_path):
     ratings = [[4.0, None, *[5.0] * (len(items) - 2)] for items in table["items"].to_pylist()]
     table = table.drop_columns([name for name in ("ratings",) if name in table.column_names])
     write_table(folder / "sequences.parquet", table.append_column("ratings", pa.array(ratings, pa.list_(pa.float32()))))
-    _, _, train = read_inputs(["titles", "ratings"], [1.0, 0.3], folder)
-    assert train.ratings[0] == 4 and np.isnan(train.ratings[1])
-    _, inputs = fit_inputs({"ratings": 0.3}, {}, train, None, None, cooccurrence_dim=2, max_reviews=50)
-    assert inputs[0].ids[1] == -1 and inputs[0].ids[0] >= 0 and isinstance(inputs[0].table, ArrayTable)
+    train = TrainPart.read(LeaveOneOut.load(folder), ["ratings"], [0.3])
+    assert train.numbers["ratings"][0] == 4 and np.isnan(train.numbers["ratings"][1])
+    dataset = InputEncoder.fit(train, None).dataset(train)
+    assert dataset.offsets[1] == train.sequences.offsets[1] - 1  # the one without a rating is left out
+    assert isinstance(dataset.inputs[0].table, ArrayTable)

@@ -2,9 +2,15 @@
 
 from dataclasses import dataclass, field
 
+from ..registry import Registry
 from ..stages import check_types
 from ..user_index import KINDS, MAX_CODEBOOK_SIZE, MAX_LEVELS
 
+INDEXERS = Registry(
+    "indexer",
+    rq_vae="ulmrec_hf.indexing.indexer:UserIndexer",
+    residual_kmeans="ulmrec_hf.indexing.residual_kmeans:ResidualKMeans",
+)
 INPUTS = ("auto", "reviews", "titles", "cooccurrence", "ratings", "times")
 POOLINGS = ("auto", "cls", "mean", "max")
 # What a setting that is not given is. "default" is what measured best (benchmarks/index_quality.py).
@@ -26,6 +32,13 @@ class IndexArguments:
         ValueError: a setting has a value that cannot be used; the message names the setting.
     """
 
+    indexer: str = field(
+        default="rq_vae",
+        metadata={
+            "help": "What makes the codes: rq_vae (the paper's residual-quantised autoencoder), residual_kmeans (k-means of "
+            "the users' mean vectors, a level after the other; no network), or one that was registered."
+        },
+    )
     encoder: str = field(
         default="tfidf",
         metadata={
@@ -55,8 +68,7 @@ class IndexArguments:
         metadata={
             "help": "How prompts spell a user's index: codes (user tokens, <a_219><b_2>), text (the same codes as "
             "plain text, 219-2), number (the user's row in the map), id (the user id: personal data, which the model "
-            "then learns). Only codes adds tokens to the base.",
-            "choices": [*KINDS],
+            "then learns), or one that was registered. Only codes adds tokens to the base."
         },
     )
     codebook_size: int = field(default=256, metadata={"help": "Codes per level; 32 suits 1,000 users."})
@@ -110,9 +122,10 @@ class IndexArguments:
         for name, value in PRESETS[self.preset].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        for name, choices in (("pooling", POOLINGS), ("index_kind", KINDS)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}.")
+        if self.pooling not in POOLINGS:
+            raise ValueError(f"pooling is {self.pooling!r}; it must be one of {', '.join(POOLINGS)}.")
+        INDEXERS.check(self.indexer)
+        KINDS.check(self.index_kind)
         if not self.inputs or not set(self.inputs) <= set(INPUTS) or len(set(self.inputs)) < len(self.inputs):
             raise ValueError(f"inputs is {self.inputs}; it must hold some of {', '.join(INPUTS)}, each once.")
         if "auto" in self.inputs and {"reviews", "titles"} & set(self.inputs):

@@ -2,6 +2,7 @@
 
 import itertools
 from collections import Counter
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -9,6 +10,26 @@ from ..user_index import MAX_CODEBOOK_SIZE, check_indices, pack_codes
 
 _DISTANCES = 2**22  # computed at once, 16 MB
 _CACHED_NODES = 65_536
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """The codes of users, and what they are from; a row a user.
+
+    Attributes:
+        codes: uint16 [users, levels], different for all users.
+        nearest: int64 [users, levels], the nearest codes, which several users may share.
+        latents: float32 [users, code_dim].
+        errors: by level, the mean squared length of `x_u - x_hat_u`, with `x_hat_u` decoded from the nearest codes up
+            to that level.
+        silent: how many users have nothing to be indexed by.
+    """
+
+    codes: np.ndarray
+    nearest: np.ndarray
+    latents: np.ndarray
+    errors: list[float]
+    silent: int
 
 
 def nearest_codes(vectors: np.ndarray, codebooks: np.ndarray) -> np.ndarray:
@@ -41,7 +62,7 @@ def count_collisions(codes: np.ndarray) -> int:
     return int(counts[counts > 1].sum())
 
 
-def assign_unique(vectors: np.ndarray, codebooks: np.ndarray) -> np.ndarray:
+def assign_unique(vectors: np.ndarray, codebooks: np.ndarray, nearest: np.ndarray | None = None) -> np.ndarray:
     """Codes of which no two users have the same.
 
     Users take their nearest codes. Where users of one prefix (all levels but the last) collide, the whole prefix group
@@ -51,6 +72,7 @@ def assign_unique(vectors: np.ndarray, codebooks: np.ndarray) -> np.ndarray:
     Args:
         vectors: float32 [users, dim], the latent vectors of the users.
         codebooks: float32 [levels, codebook_size, dim].
+        nearest: their `nearest_codes`, where they are known already.
 
     Returns:
         uint16 [users, levels].
@@ -61,7 +83,7 @@ def assign_unique(vectors: np.ndarray, codebooks: np.ndarray) -> np.ndarray:
     vectors, codebooks = _check(vectors, codebooks)
     levels, size, _ = codebooks.shape
     check_capacity(len(vectors), levels, size)
-    codes = nearest_codes(vectors, codebooks)
+    codes = nearest_codes(vectors, codebooks) if nearest is None else nearest.copy()
     _spill(vectors, codebooks, codes)
     _settle(vectors, codebooks, codes)
     return codes.astype(np.uint16)
@@ -232,6 +254,7 @@ def _check(vectors: np.ndarray, codebooks: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def check_capacity(users: int, levels: int, size: int) -> None:
+    """Raises a ValueError where there are more users than indices; it says which setting to raise."""
     check_indices(levels, size)
     if users > size**levels:
         needed = size

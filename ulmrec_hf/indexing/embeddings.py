@@ -5,13 +5,14 @@ import itertools
 import json
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..files import atomic_path, hash_value, write_json
+from .dataset import ArrayTable
 from .encoder import TextEncoder
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class Embeddings:
         manifest = _read_manifest(self._folder)
         if manifest is None or "texts" not in manifest:
             what = "holds no embeddings" if manifest is None else "holds unfinished embeddings"
-            raise ValueError(f"{self._folder} {what}: write them by write_embeddings, which goes on where it stopped.")
+            raise ValueError(f"{self._folder} {what}: write them by write_embeddings, which resumes where it stopped.")
         self.dim, self._length, self._shard_texts = manifest["dim"], manifest["texts"], manifest["shard_texts"]
         self._shards: dict[int, np.ndarray] = {}
 
@@ -84,6 +85,23 @@ class Embeddings:
         return self._shards[number]
 
 
+def embed_in_memory(encoder: TextEncoder, name: str, texts: Sequence[str]) -> ArrayTable:
+    """What `write_embeddings` writes, in memory: in blocks of a shard each, so that the vectors are equal.
+
+    Args:
+        name: what the texts are; "user_ids" are encoded as such.
+
+    Raises:
+        ValueError: the encoder gave an embedding that is not finite; the message quotes the text.
+    """
+    blocks = (texts[begin : begin + SHARD_TEXTS] for begin in range(0, len(texts), SHARD_TEXTS))
+    vectors = [
+        np.zeros((0, encoder.dim), np.float32),
+        *(_encode(block, encoder, name == "user_ids") for block in blocks),
+    ]
+    return ArrayTable(np.concatenate(vectors))
+
+
 def write_embeddings(
     folder: str | os.PathLike,
     texts: Iterable[str],
@@ -101,7 +119,7 @@ def write_embeddings(
     halve the files, two or three of 1,429 users had other codes of the same indexer.
 
     Args:
-        folder: all processes see it. `embeddings.json` there tells what the shards are.
+        folder: all processes see it. `embeddings.json` there says what the shards are.
         texts: read once, a shard at a time; every process is given all of them.
         encoder: fitted. Processes that use accelerators start `PartialState` before they load it.
         user_ids: encode the texts as ids of users, by `TextEncoder.encode_user_ids`.
@@ -145,9 +163,7 @@ def write_embeddings(
     return Embeddings(folder)
 
 
-def _write_shard(path: Path, texts: list[str], encoder: TextEncoder, user_ids: bool, source: str) -> None:
-    from safetensors.numpy import save_file
-
+def _encode(texts: Sequence[str], encoder: TextEncoder, user_ids: bool) -> np.ndarray:
     vectors = encoder.encode_user_ids(texts) if user_ids else encoder.encode(texts)
     broken = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
     if len(broken):
@@ -155,6 +171,13 @@ def _write_shard(path: Path, texts: list[str], encoder: TextEncoder, user_ids: b
             f"The encoder {encoder.name!r} gave NaN or infinite embeddings for {len(broken)} of {len(texts)} texts, "
             f"the first {texts[broken[0]][:80]!r}: use another encoder, or its weights in another precision."
         )
+    return vectors
+
+
+def _write_shard(path: Path, texts: list[str], encoder: TextEncoder, user_ids: bool, source: str) -> None:
+    from safetensors.numpy import save_file
+
+    vectors = _encode(texts, encoder, user_ids)
     stored = json.dumps({"source": source, "sha256": _hash(vectors)})
     with atomic_path(path) as partial:
         save_file({_TENSOR: vectors}, partial, metadata={_METADATA: stored})
@@ -162,7 +185,7 @@ def _write_shard(path: Path, texts: list[str], encoder: TextEncoder, user_ids: b
 
 
 def _is_whole(path: Path, shape: tuple[int, int], source: str) -> bool:
-    """Whether an earlier run left this shard; a broken one is told.
+    """Whether an earlier run left this shard; a broken one is logged.
 
     Raises:
         ValueError: it is whole, but of other texts or another encoder.
@@ -212,7 +235,7 @@ def _hash(vectors: np.ndarray) -> str:
 
 
 def _read_manifest(folder: Path) -> dict[str, Any] | None:
-    """None where there is none, or a damaged one: what the shards are, each says itself."""
+    """None where there is none, or a damaged one: each shard itself says what it is."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
@@ -233,6 +256,6 @@ def _check_manifest(folder: Path, record: dict[str, Any]) -> None:
     ]
     if differences:
         raise ValueError(
-            f"{folder / MANIFEST} tells of other embeddings: {'; '.join(differences)}. "
+            f"{folder / MANIFEST} describes other embeddings: {'; '.join(differences)}. "
             "Use another folder, or remove this one."
         )

@@ -15,7 +15,8 @@ import numpy as np
 
 from ..files import hash_value, write_json
 from ..sentence_encoder import load_sentence_encoder
-from .arguments import POOLINGS
+from ..tables import UserTexts
+from .arguments import POOLINGS, IndexArguments
 
 if TYPE_CHECKING:
     import torch
@@ -256,6 +257,14 @@ def make_encoder(name: str, dim: int = 384, seed: int = 0, pooling: str = "auto"
     if name == TfidfEncoder.name:
         return TfidfEncoder(dim, seed)
     return PretrainedEncoder(os.path.abspath(name) if os.path.isdir(name) else name, pooling)  # found from anywhere
+
+
+def fit_encoder(args: IndexArguments, texts: Mapping[str, UserTexts]) -> TextEncoder | None:
+    """The encoder of these settings, fitted on the texts of all inputs; None without texts."""
+    if not texts:
+        return None
+    encoder = make_encoder(args.encoder, args.embedding_dim, args.seed, args.pooling)
+    return encoder.fit([text for part in texts.values() for text in part.texts])
 
 
 def load_encoder(folder: str | os.PathLike) -> TextEncoder:

@@ -5,109 +5,73 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from safetensors.numpy import load_file, save_file
 from scipy import sparse
 
 from ..files import write_json
-from ..tables import LeaveOneOut, UserTexts
+from ..protocol import train_lengths
+from ..tables import LeaveOneOut, Sequences, UserTexts
+from .dataset import ArrayTable, Input, Table, UserDataset, unit
+from .embeddings import embed_in_memory
 from .encoder import TextEncoder, TfidfEncoder, load_encoder
 
+Embed = Callable[[TextEncoder, str, Sequence[str]], Table]
 _HASHED_DIM = 64
 _LARGEST = 1e300
 _DAY = 86_400
 _YEAR = 365.2425
 
 
-class Table(Protocol):
-    """Vectors by number, in memory or on disk."""
-
-    dim: int
-
-    def rows(self, ids: np.ndarray) -> np.ndarray:
-        """float32 [n, dim] of the numbers, int [n]."""
-
-
-@dataclass(frozen=True)
-class ArrayTable:
-    """A `Table` in memory: float32 [rows, dim]."""
-
-    array: np.ndarray
-
-    @property
-    def dim(self) -> int:
-        return self.array.shape[1]
-
-    def rows(self, ids: np.ndarray) -> np.ndarray:
-        """See `Table`."""
-        return self.array[ids]
-
-
-@dataclass(frozen=True)
-class Input:
-    """One kind of vectors of the interactions.
-
-    Attributes:
-        table: the different vectors; they count at length 1, but where they are 0.
-        ids: int32 [interactions], the row in `table`, -1 where an interaction has none.
-        weight: what the vectors are multiplied by.
-    """
-
-    table: Table
-    ids: np.ndarray
-    weight: float = 1.0
-
-
 @dataclass(frozen=True)
 class TrainPart:
-    """The train interactions of all users, oldest first within a user.
+    """What an index reads of the train interactions of users, oldest first within a user.
 
     Attributes:
+        weights: how much each input counts, by its name.
+        texts: of the inputs reviews and titles.
+        numbers: of the inputs ratings and times (seconds since 1970), float64 [interactions], NaN where unknown.
         user_ids: the users, in ascending dense order.
-        offsets: int64 [users + 1]; user u has the interactions `offsets[u]` to `offsets[u + 1]`.
-        items: int32 [interactions], dense item ids from 1.
         item_ids: raw ids of the items 1..n.
-        ratings: float32 [interactions], NaN where unknown.
-        times: float64 [interactions], seconds since 1970, NaN where unknown.
+        sequences: the items of the interactions.
     """
 
+    weights: dict[str, float]
+    texts: dict[str, UserTexts]
+    numbers: dict[str, np.ndarray]
     user_ids: list[str]
-    offsets: np.ndarray
-    items: np.ndarray
     item_ids: list[str]
-    ratings: np.ndarray
-    times: np.ndarray
+    sequences: Sequences
 
     @classmethod
-    def load(cls, data_folder: str | os.PathLike, offsets: np.ndarray) -> Self:
-        """Reads a data stage; `offsets` are those of `UserTexts` of its train part."""
-        folder = Path(data_folder)
-        table = pq.read_table(folder / "sequences.parquet").combine_chunks()
-        lengths = np.diff(_lists(table, "items").offsets.to_numpy())
-        place = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        kept = place < np.repeat(np.diff(offsets), lengths)
+    def read(cls, data: LeaveOneOut, names: Sequence[str], weights: Sequence[float] = ()) -> Self:
+        """Reads the inputs of these names.
 
-        def column(name: str) -> np.ndarray:
-            if name not in table.column_names or table[name].null_count:
-                return np.full(kept.sum(), np.nan)
-            return _lists(table, name).flatten().to_numpy(zero_copy_only=False).astype(np.float64)[kept]
+        Args:
+            names: of `arguments.INPUTS`; "auto" is reviews where the train part has any, else titles.
+            weights: one for each name; none at all for 1 each.
 
-        return cls(
-            table["user_id"].to_pylist(),
-            offsets,
-            column("items").astype(np.int32),
-            pq.read_table(folder / "items.parquet", columns=["item_id"])["item_id"].to_pylist(),
-            column("ratings").astype(np.float32),
-            column("timestamps"),
-        )
-
-
-def _lists(table: pa.Table, name: str) -> pa.ListArray:
-    return pa.chunked_array(table[name]).combine_chunks()
+        Raises:
+            ValueError: an input that the data does not have.
+        """
+        by_name, texts, numbers = {}, {}, {}
+        kept = train_lengths(data.sequences.lengths)
+        for name, weight in zip(names, weights or [1.0] * len(names), strict=True):
+            if name in ("auto", "reviews", "titles"):
+                part = data.texts(name)
+                name = part.kind
+                texts[name] = part
+            elif name in ("ratings", "times"):
+                values = getattr(data, name)[data.sequences.oldest(kept)].astype(np.float64)
+                if not np.nan_to_num(values).any():  # a source without times has zeros
+                    where = data.folder or "the data"
+                    raise ValueError(f"inputs holds {name}, but {where} has none in its train part: leave it out.")
+                numbers[name] = values
+            by_name[name] = weight
+        texts = dict(sorted(texts.items()))  # an encoder is fitted on them in the same order, whatever that of names
+        return cls(by_name, texts, numbers, data.user_ids, data.item_ids, data.sequences.select(kept))
 
 
 class InputEncoder:
@@ -116,10 +80,11 @@ class InputEncoder:
     Args:
         weights: the weight of each input, by its name, in the order in which vectors are joined.
         encoder: of reviews and titles; None where neither is an input.
-        items: raw item id -> row in `item_vectors`.
+        item_ids: raw ids of the rows of `item_vectors`.
         item_vectors: float32 [items, dim], of the input `cooccurrence`.
         ranges: the lowest and highest rating and time of the train part.
         max_reviews: how many of a user's newest interactions count.
+        user_ids: whether user ids are encoded too, for attention.
     """
 
     def __init__(
@@ -130,11 +95,61 @@ class InputEncoder:
         item_vectors: np.ndarray | None = None,
         ranges: Mapping[str, Sequence[float]] | None = None,
         max_reviews: int = 50,
+        user_ids: bool = False,
     ):
         self.weights, self.encoder, self.ranges = dict(weights), encoder, dict(ranges or {})
-        self.max_reviews = max_reviews
+        self.max_reviews, self.user_ids = max_reviews, user_ids
         self.item_ids, self.item_vectors = list(item_ids), item_vectors
         self._rows = {item_id: row for row, item_id in enumerate(self.item_ids)}
+
+    @classmethod
+    def fit(
+        cls,
+        train: TrainPart,
+        encoder: TextEncoder | None,
+        *,
+        cooccurrence_dim: int = 128,
+        max_reviews: int = 50,
+        user_ids: bool = False,
+    ) -> Self:
+        """Fits all but the text encoder on the train part.
+
+        Args:
+            encoder: of reviews and titles, fitted; None without either.
+            cooccurrence_dim: length of an item's vector by co-occurrence, at most.
+            max_reviews, user_ids: see the class.
+        """
+        ranges = {name: [float(np.nanmin(part)), float(np.nanmax(part))] for name, part in train.numbers.items()}
+        if "cooccurrence" not in train.weights:
+            return cls(train.weights, encoder, ranges=ranges, max_reviews=max_reviews, user_ids=user_ids)
+        vectors = item_vectors(train.sequences, cooccurrence_dim, max_reviews)
+        return cls(train.weights, encoder, train.item_ids, vectors, ranges, max_reviews, user_ids)
+
+    def dataset(self, train: TrainPart, embed: Embed = embed_in_memory) -> UserDataset:
+        """The vectors of all users of a train part, which need not be the one that this was fitted on.
+
+        Args:
+            embed: gives a table of vectors by the text encoder, what is encoded (the name of an input, or
+                "user_ids") and the strings.
+        """
+        inputs = []
+        for name, weight in self.weights.items():
+            if name in train.texts:
+                texts = train.texts[name]
+                inputs.append(Input(embed(self.encoder, name, texts.texts), texts.text_ids, weight))
+            elif name == "cooccurrence":
+                rows = np.array([self._rows.get(item, -1) for item in train.item_ids], np.int32)
+                inputs.append(Input(ArrayTable(self.item_vectors), rows[train.sequences.items - 1], weight))
+            else:
+                different, ids = np.unique(train.numbers[name], return_inverse=True)
+                ids = np.where(np.isnan(different[ids]), -1, ids).astype(np.int32)
+                inputs.append(Input(ArrayTable(self.scale(name, different)), ids, weight))
+        users = None
+        if self.user_ids and self.encoder:
+            users = embed(self.encoder, "user_ids", train.user_ids)
+        elif self.user_ids:
+            users = ArrayTable(self.encode_user_ids(train.user_ids))
+        return UserDataset(inputs, train.sequences.offsets, users, self.max_reviews)
 
     @property
     def dim(self) -> int:
@@ -172,8 +187,8 @@ class InputEncoder:
                 + ", ".join(f"{len(part)} {name}" for name, part in values.items())
                 + "."
             )
-        told = np.any([self._told(name, part) for name, part in values.items()], axis=0) if values else np.zeros(0)
-        newest = np.flatnonzero(told)[-self.max_reviews :]
+        known = np.any([self._known(name, part) for name, part in values.items()], axis=0) if values else np.zeros(0)
+        newest = np.flatnonzero(known)[-self.max_reviews :]
         kept = {name: [part[place] for place in newest] for name, part in values.items()}
         blocks = [weight * self._vectors(name, kept.get(name), len(newest)) for name, weight in self.weights.items()]
         return np.concatenate(blocks, axis=1, dtype=np.float32)
@@ -196,7 +211,7 @@ class InputEncoder:
         # half of a surrogate pair is no character; the readers replace it as well
         return [value and value.encode("utf-8", "replace").decode() for value in values]
 
-    def _told(self, name: str, values: Sequence[Any]) -> list[bool]:
+    def _known(self, name: str, values: Sequence[Any]) -> list[bool]:
         """Which of the values are there."""
         if name in ("ratings", "times"):
             return [bool(np.isfinite(value)) for value in values]
@@ -211,9 +226,9 @@ class InputEncoder:
             rows = np.array([self._rows.get(value, -1) for value in values or [None] * count], np.int64)
             return np.where(rows[:, None] < 0, 0, self.item_vectors[rows])
         vectors = np.zeros((count, self.encoder.dim), np.float32)
-        told = np.flatnonzero(self._told(name, values or []))
-        if len(told):
-            vectors[told] = unit(self.encoder.encode([values[place] for place in told]))
+        known = np.flatnonzero(self._known(name, values or []))
+        if len(known):
+            vectors[known] = unit(self.encoder.encode([values[place] for place in known]))
         return vectors
 
     def scale(self, name: str, values: np.ndarray) -> np.ndarray:
@@ -231,7 +246,7 @@ class InputEncoder:
     def save(self, folder: str | os.PathLike) -> None:
         """Writes inputs.json and, where they are, items.json, item_vectors.safetensors and encoder/ into `folder`."""
         folder = Path(folder)
-        record = {"weights": self.weights, "ranges": self.ranges, "max_reviews": self.max_reviews}
+        record = {name: getattr(self, name) for name in ("weights", "ranges", "max_reviews", "user_ids")}
         write_json(folder / "inputs.json", record)
         if self.item_vectors is not None:
             write_json(folder / "items.json", self.item_ids)
@@ -249,102 +264,28 @@ class InputEncoder:
         """
         folder = Path(folder)
         if not (folder / "inputs.json").is_file():
-            raise ValueError(f"{folder} does not tell what the index is made from: inputs.json is missing.")
+            raise ValueError(f"{folder} does not say what the index is made from: inputs.json is missing.")
         saved = json.loads((folder / "inputs.json").read_text(encoding="utf-8"))
         items, vectors = [], None
         if (folder / "items.json").is_file():
             items = json.loads((folder / "items.json").read_text(encoding="utf-8"))
             vectors = load_file(folder / "item_vectors.safetensors")["item_vectors"]
         encoder = load_encoder(folder / "encoder") if (folder / "encoder").is_dir() else None
-        return cls(saved["weights"], encoder, items, vectors, saved["ranges"], saved["max_reviews"])
+        return cls(encoder=encoder, item_ids=items, item_vectors=vectors, **saved)
 
 
-def read_inputs(
-    names: Sequence[str], weights: Sequence[float], data_folder: str | os.PathLike
-) -> tuple[dict[str, float], dict[str, UserTexts], TrainPart]:
-    """The train part of a data stage, and its texts by the inputs that have any.
-
-    Args:
-        names: of `arguments.INPUTS`; "auto" is reviews where the train part has any, else titles.
-        weights: one for each name; none at all for 1 each.
-        data_folder: a finished data stage.
-
-    Returns:
-        The weights by input; for reviews and titles the texts; the train part.
-
-    Raises:
-        ValueError: an input that the data does not have.
-    """
-    by_name = dict(zip(names, weights or [1.0] * len(names), strict=True))
-    if "auto" in by_name:
-        texts = {"auto": LeaveOneOut.load(data_folder).texts("auto")}
-        kind = texts["auto"].kind
-        texts = {kind: texts["auto"]}
-        by_name = {kind if name == "auto" else name: weight for name, weight in by_name.items()}
-    else:
-        texts = {}
-    for name in ("reviews", "titles"):
-        if name in by_name and name not in texts:
-            texts[name] = LeaveOneOut.load(data_folder).texts(name)
-    any_texts = next(iter(texts.values())) if texts else LeaveOneOut.load(data_folder).texts("titles")
-    train = TrainPart.load(data_folder, any_texts.offsets)
-    for name in ("ratings", "times"):
-        if name in by_name and not np.nan_to_num(getattr(train, name)).any():  # a source without times has zeros
-            raise ValueError(f"inputs holds {name}, but {data_folder} has none in its train part: leave it out.")
-    return by_name, texts, train
-
-
-def fit_inputs(
-    weights: Mapping[str, float],
-    texts: Mapping[str, UserTexts],
-    train: TrainPart,
-    encoder: TextEncoder | None,
-    embed: Callable[[str, Sequence[str]], Table],
-    *,
-    cooccurrence_dim: int,
-    max_reviews: int,
-) -> tuple[InputEncoder, list[Input]]:
-    """Fits what turns interactions into vectors, and gives those of the train part.
-
-    Args:
-        weights, texts, train: see `read_inputs`.
-        encoder: of reviews and titles, fitted; None without either.
-        embed: gives a table of the vectors of texts, by the input's name and the texts.
-        cooccurrence_dim: length of an item's vector by co-occurrence, at most.
-        max_reviews: newest interactions of a user that count.
-    """
-    ranges = {
-        name: [float(np.nanmin(values)), float(np.nanmax(values))]
-        for name, values in (("ratings", train.ratings), ("times", train.times))
-        if name in weights
-    }
-    vectors = item_vectors(train, cooccurrence_dim, max_reviews) if "cooccurrence" in weights else None
-    fitted = InputEncoder(weights, encoder, train.item_ids if vectors is not None else (), vectors, ranges, max_reviews)
-    inputs = []
-    for name, weight in weights.items():
-        if name in texts:
-            inputs.append(Input(embed(name, texts[name].texts), texts[name].text_ids, weight))
-        elif name == "cooccurrence":
-            inputs.append(Input(ArrayTable(vectors), train.items - 1, weight))
-        else:
-            different, ids = np.unique(getattr(train, name).astype(np.float64), return_inverse=True)
-            ids = np.where(np.isnan(different[ids]), -1, ids).astype(np.int32)
-            inputs.append(Input(ArrayTable(fitted.scale(name, different)), ids, weight))
-    return fitted, inputs
-
-
-def item_vectors(train: TrainPart, dim: int, max_reviews: int) -> np.ndarray:
+def item_vectors(sequences: Sequences, dim: int, max_reviews: int) -> np.ndarray:
     """Items that the same users chose are near: float32 [items, at most dim], of length 1 or 0.
 
     The main directions of the items' cosines of co-occurrence among the users' newest `max_reviews` train items.
     """
     from sklearn.decomposition import TruncatedSVD
 
-    lengths = np.diff(train.offsets)
+    lengths = sequences.lengths
     users = np.repeat(np.arange(len(lengths)), lengths)
-    newest = np.repeat(train.offsets[1:], lengths) - np.arange(len(users)) <= max_reviews
-    shape = (len(lengths), len(train.item_ids))
-    chosen = sparse.csr_array((np.ones(newest.sum(), np.float32), (users[newest], train.items[newest] - 1)), shape)
+    newest = np.repeat(sequences.offsets[1:], lengths) - np.arange(len(users)) <= max_reviews
+    shape = (len(lengths), sequences.num_items)
+    chosen = sparse.csr_array((np.ones(newest.sum(), np.float32), (users[newest], sequences.items[newest] - 1)), shape)
     chosen.data[:] = 1  # an item that was chosen twice counts once
     counts = np.maximum(chosen.sum(axis=0), 1)
     scaled = chosen @ sparse.diags_array((1 / np.sqrt(counts)).astype(np.float32))
@@ -354,9 +295,3 @@ def item_vectors(train: TrainPart, dim: int, max_reviews: int) -> np.ndarray:
         return np.ones((shape[1], 1), np.float32)
     svd = TruncatedSVD(dim, random_state=0)
     return unit(svd.fit_transform(cosines) / np.maximum(svd.singular_values_, 1e-6))
-
-
-def unit(vectors: np.ndarray) -> np.ndarray:
-    """The rows at length 1, float32; zeros stay."""
-    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return (vectors / np.where(norms > 0, norms, 1)).astype(np.float32)

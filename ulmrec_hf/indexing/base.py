@@ -1,0 +1,300 @@
+"""What all indexers share: inputs, a vector for each user, unique codes from codebooks, new users, files."""
+
+import json
+import logging
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from huggingface_hub import PyTorchModelHubMixin, snapshot_download
+from torch import nn
+
+from ..files import write_json
+from ..tables import LeaveOneOut
+from ..user_index import UserIndex
+from .arguments import INDEXERS, IndexArguments
+from .assignment import Assignment, assign_new, assign_unique, check_capacity, nearest_codes
+from .dataset import UserDataset
+from .encoder import TextEncoder, fit_encoder
+from .inputs import InputEncoder, TrainPart
+
+KMEANS_USERS = 65_536  # codebooks are made from at most so many
+_BATCH = 1024  # users encoded at once
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class IndexerConfig:
+    """What every indexer's config.json holds, beside its name.
+
+    Attributes:
+        embedding_dim: length of an interaction's vector.
+        codebook_size: codes per level (K).
+        levels: codes per user (p).
+        code_dim: length of a latent vector.
+        encoder_name: which text encoder the vectors come from; empty without texts.
+        index_kind: how the indices are spelled, one of `user_index.KINDS`.
+    """
+
+    embedding_dim: int = 384
+    codebook_size: int = 256
+    levels: int = 4
+    code_dim: int = 32
+    encoder_name: str = "tfidf"
+    index_kind: str = "codes"
+
+
+class Indexer(nn.Module, PyTorchModelHubMixin, ABC):
+    """Turns what users did into latent vectors, and these into unique codes, the nearest of one codebook a level.
+
+    A subclass sets `name` and `codebooks` and implements `train_on`; where a latent vector is not the users' vector
+    itself, it also implements `pool`, `encode`, `decode` and `configure`. Others add theirs to `INDEXERS`.
+
+    A plain module with `PyTorchModelHubMixin`: `PreTrainedModel` would not restore a quantiser's buffers.
+
+    Attributes:
+        name: what the setting `indexer` calls it.
+        reads_user_ids: whether it weighs a user's texts by the user id where the setting `attention` is on.
+        settings: what its config.json holds. Not `config`: `transformers.Trainer` writes into a model's.
+        codebooks: float [levels, codebook_size, code_dim], a buffer or a property.
+        inputs: what turns interactions into vectors; None until it is set. Saved and loaded with the rest.
+    """
+
+    name: ClassVar[str]
+    reads_user_ids: ClassVar[bool] = False
+    codebooks: torch.Tensor
+
+    def __init__(self, config: IndexerConfig):
+        super().__init__()
+        self.settings = config
+        self.inputs: InputEncoder | None = None
+        self._fitted: tuple[LeaveOneOut, UserDataset] | None = None
+
+    @classmethod
+    def fit(cls, data: LeaveOneOut, args: IndexArguments | None = None, **settings: Any) -> Self:
+        """An indexer trained on the train part of every user.
+
+        It keeps the vectors of these users until it is saved, so that `index(data)` encodes nothing again.
+
+        Args:
+            args: all settings; `indexer` is not read. Or
+            settings: those of `IndexArguments` that differ from its defaults.
+
+        Raises:
+            ValueError: both are given, a setting is bad, the data lacks an input, there are more users than indices,
+                or the training diverged.
+        """
+        if args is not None and settings:
+            raise ValueError(f"give args or single settings, not both; got args and {', '.join(settings)}.")
+        args = args or IndexArguments(**settings)
+        check_capacity(len(data), args.levels, args.codebook_size)
+        train = TrainPart.read(data, args.inputs, args.input_weights)
+        inputs = cls.fit_inputs(args, train, fit_encoder(args, train.texts))
+        dataset = inputs.dataset(train)
+        indexer = cls.fit_encoded(args, inputs, dataset)
+        indexer._fitted = data, dataset
+        return indexer
+
+    @classmethod
+    def fit_inputs(cls, args: IndexArguments, train: TrainPart, encoder: TextEncoder | None) -> InputEncoder:
+        """What turns interactions into vectors; `encoder` is what `fit_encoder` gave for the train part's texts."""
+        sizes = {"cooccurrence_dim": args.cooccurrence_dim, "max_reviews": args.max_reviews}
+        return InputEncoder.fit(train, encoder, user_ids=args.attention and cls.reads_user_ids, **sizes)
+
+    @classmethod
+    def fit_encoded(cls, args: IndexArguments, inputs: InputEncoder, dataset: UserDataset) -> Self:
+        """An indexer trained on users whose vectors are known: `dataset` is what `inputs.dataset` gave."""
+        from transformers import set_seed
+
+        set_seed(args.seed)
+        indexer = cls(cls.configure(args, inputs, dataset))
+        indexer.inputs = inputs
+        indexer.train_on(dataset, args)
+        return indexer.eval()
+
+    @classmethod
+    def configure(cls, args: IndexArguments, inputs: InputEncoder, dataset: UserDataset) -> IndexerConfig:
+        """The configuration of an indexer of these users; latent vectors are as long as the users' vectors."""
+        encoder_name = inputs.encoder.name if inputs.encoder else ""
+        return IndexerConfig(
+            dataset.dim, args.codebook_size, args.levels, dataset.dim, encoder_name, index_kind=args.index_kind
+        )
+
+    @abstractmethod
+    def train_on(self, dataset: UserDataset, args: IndexArguments) -> None:
+        """Learns the codebooks, and whatever else there is, from these users."""
+
+    def pool(self, texts: torch.Tensor, mask: torch.Tensor, user_ids: torch.Tensor) -> torch.Tensor:
+        """A user's vector `x_u`: here the mean of the interactions' vectors, at length 1.
+
+        Args:
+            texts: float [users, texts, embedding_dim].
+            mask: bool [users, texts], true where there is a text; a user without any gets zeros.
+            user_ids: float [users, user_dim], the embedded id strings; of length 0 where they are not read.
+
+        Returns:
+            float32 [users, embedding_dim].
+        """
+        return F.normalize(weighted_mean(texts, mask, torch.zeros_like(mask, dtype=texts.dtype)), dim=-1)
+
+    def encode(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Latent vectors, float [users, code_dim], of users' vectors [users, embedding_dim]; here themselves."""
+        return vectors
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """The inverse of `encode`, as far as there is one."""
+        return latents
+
+    @torch.no_grad()
+    def vectors(self, dataset: UserDataset, step: int = 1) -> Iterator[torch.Tensor]:
+        """`x_u` of every `step`-th user in batches, float32 [batch, embedding_dim]."""
+        users = range(0, len(dataset), step)
+        for begin in range(0, len(users), _BATCH):
+            batch = dataset.collate(list(users[begin : begin + _BATCH]))
+            yield self.pool(**{name: value.to(self.codebooks.device) for name, value in batch.items()})
+
+    @torch.no_grad()
+    def latents(self, dataset: UserDataset, limit: int | None = None) -> torch.Tensor:
+        """float32 [users, code_dim], of an even sample of at most `limit` users where one is given."""
+        step = 1 if limit is None else max(1, -(-len(dataset) // limit))
+        return torch.cat([self.encode(vectors) for vectors in self.vectors(dataset, step)])
+
+    @torch.no_grad()
+    def assign(self, dataset: UserDataset) -> Assignment:
+        """Unique codes of these users, from one pass over their vectors, which are never held as a whole.
+
+        Raises:
+            ValueError: there are more users than indices, or a vector is not finite.
+        """
+        config, codebooks = self.settings, self.codebooks
+        check_capacity(len(dataset), config.levels, config.codebook_size)
+        latents = np.empty((len(dataset), config.code_dim), np.float32)
+        nearest = np.empty((len(dataset), config.levels), np.int64)
+        errors, begin, silent = torch.zeros(config.levels, dtype=torch.float64), 0, 0
+        for vectors in self.vectors(dataset):
+            rows = slice(begin, begin := begin + len(vectors))
+            latents[rows] = self.encode(vectors).numpy()
+            nearest[rows] = nearest_codes(latents[rows], codebooks.numpy())
+            quantized = torch.zeros(len(vectors), config.code_dim)
+            for level, codebook in enumerate(codebooks):
+                quantized = quantized + codebook[nearest[rows, level]]
+                errors[level] += (vectors - self.decode(quantized)).square().sum().double()
+            silent += int((~vectors.any(dim=1)).sum())
+        if silent:
+            logger.warning("%d users have nothing in their train part to be indexed by: their vector is zero", silent)
+        codes = assign_unique(latents, codebooks.numpy(), nearest)
+        errors = [round(error, 4) for error in (errors / max(1, len(dataset))).tolist()]
+        return Assignment(codes, nearest, latents, errors, silent)
+
+    def index(self, data: LeaveOneOut) -> UserIndex:
+        """The index of all users of the data, from their train part and the frozen codebooks.
+
+        Raises:
+            ValueError: there are more users than indices, the data lacks an input, or the indexer was loaded without
+                its inputs.
+        """
+        if self._fitted is not None and self._fitted[0] is data:
+            dataset = self._fitted[1]
+        else:
+            check_capacity(len(data), self.settings.levels, self.settings.codebook_size)
+            inputs = self._known_inputs()
+            dataset = inputs.dataset(TrainPart.read(data, [*inputs.weights], [*inputs.weights.values()]))
+        codes = self.assign(dataset).codes
+        return UserIndex(data.user_ids, codes, self.settings.codebook_size, self.settings.index_kind)
+
+    @torch.no_grad()
+    def index_new(
+        self, reviews: Iterable[str] = (), *, used: UserIndex, user_id: str = "", **others: Sequence
+    ) -> UserIndex:
+        """A free index near those of similar users, from the frozen codebooks; nothing else changes.
+
+        Args:
+            reviews: what the user wrote, oldest first; where the index was not made from reviews, leave it out.
+            used: the indices in use; `used.merge` of the result gives the extended map.
+            user_id: the user's id.
+            others: other inputs that the index was made from, see `InputEncoder.encode`: `titles`, `cooccurrence` (item
+                ids), `ratings`, `times`, one value for each interaction.
+
+        Returns:
+            A `UserIndex` of this one user, of the same kind; a number is the user's own only after the merge.
+
+        Raises:
+            ValueError: the user has an index already, all indices are in use, the indexer was loaded without its
+                inputs, or an input does not fit. A user without anything is warned of.
+        """
+        inputs, config = self._known_inputs(), self.settings
+        if not isinstance(user_id, str):
+            raise ValueError(f"user_id must be a string, {str(user_id)!r} say; got {user_id!r}.")
+        if user_id in used:
+            raise ValueError(f"User {user_id!r} has an index already: {used.spell(user_id)}.")
+        if used.codebook_size != config.codebook_size or used.levels != config.levels:
+            raise ValueError(
+                f"the map has {used.levels} levels of {used.codebook_size} codes, this indexer {config.levels} of "
+                f"{config.codebook_size}: they do not belong together."
+            )
+        reviews = reviews if isinstance(reviews, str) else list(() if reviews is None else reviews)
+        vectors = torch.from_numpy(inputs.encode(**({"reviews": reviews} if reviews else {}) | others))[None]
+        known = vectors.any(-1)
+        if not known.any():
+            logger.warning("User %r has nothing to be indexed by, and gets an index that means nothing.", user_id)
+        ids = torch.from_numpy(inputs.encode_user_ids([user_id])) if inputs.user_ids else torch.zeros(1, 0)
+        latents = self.encode(self.pool(vectors[:, known[0]], known[:, known[0]], ids))
+        codes = assign_new(latents.numpy(), self.codebooks.numpy(), used.keys)
+        return UserIndex([user_id], codes, config.codebook_size, used.kind)
+
+    def _known_inputs(self) -> InputEncoder:
+        if self.inputs is None:
+            raise ValueError(
+                f"this {type(self).__name__} has no inputs to read texts with: load it from the folder index/indexer."
+            )
+        return self.inputs
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        super()._save_pretrained(save_directory)
+        write_json(save_directory / "config.json", {"indexer": self.name, **asdict(self.settings)})
+        if self.inputs is not None:
+            self.inputs.save(save_directory)
+        self._fitted = None
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, **settings: Any) -> Self:
+        folder = model_id
+        if not os.path.isdir(folder):
+            hub = ("revision", "cache_dir", "force_download", "local_files_only", "token")
+            folder = snapshot_download(model_id, **{name: settings.get(name) for name in hub})
+        indexer = super()._from_pretrained(model_id=str(folder), **settings).eval()
+        if (Path(folder) / "inputs.json").is_file():
+            inputs = indexer.inputs = InputEncoder.load(folder)
+            found, config = inputs.encoder.name if inputs.encoder else "", indexer.settings
+            if (config.encoder_name, config.embedding_dim) != (found, inputs.dim):
+                raise ValueError(
+                    f"{folder}: the indexer was made for the encoder {config.encoder_name!r} and vectors of length "
+                    f"{config.embedding_dim}; its inputs ({', '.join(inputs.weights)}) are of the encoder {found!r} "
+                    f"and give {inputs.dim}: they do not belong together."
+                )
+        return indexer
+
+
+def weighted_mean(texts: torch.Tensor, mask: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """The mean of each user's texts, weighed by the softmax of `scores` [users, texts]; for the rest see `pool`."""
+    weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(dim=-1) * mask
+    return torch.einsum("un,und->ud", weights, texts)
+
+
+def load_indexer(folder: str | os.PathLike) -> Indexer:
+    """Loads a saved indexer; its class is found by `indexer` in its config.json.
+
+    Raises:
+        ValueError: the folder holds no indexer, or one that is not among `INDEXERS`.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no indexer: {path.name} is missing there.")
+    name = json.loads(path.read_text(encoding="utf-8")).get("indexer")
+    return INDEXERS[INDEXERS.check(name, f"indexer in {path}")].from_pretrained(folder)
