@@ -13,14 +13,17 @@ import yaml
 from trl import ModelConfig, TrlParser
 
 from ulmrec_hf.cli import run_alone, run_script
-from ulmrec_hf.data.arguments import DataArguments
-from ulmrec_hf.indexing.arguments import IndexArguments
-from ulmrec_hf.main_job import prepare_stages, tune, write_report
-from ulmrec_hf.preferences.arguments import PreferenceArguments
-from ulmrec_hf.retrieval.arguments import RetrieverArguments
-from ulmrec_hf.settings import PipelineArguments, Settings
-from ulmrec_hf.tasks.arguments import TaskArguments
-from ulmrec_hf.trainer import ULMRecTrainingArguments, check_processes
+from ulmrec_hf.console import quiet_imports
+
+with quiet_imports():
+    from ulmrec_hf.data.arguments import DataArguments
+    from ulmrec_hf.indexing.arguments import IndexArguments
+    from ulmrec_hf.main_job import prepare_stages, tune, write_report
+    from ulmrec_hf.preferences.arguments import PreferenceArguments
+    from ulmrec_hf.retrieval.arguments import RetrieverArguments
+    from ulmrec_hf.settings import PipelineArguments, Settings
+    from ulmrec_hf.tasks.arguments import TaskArguments
+    from ulmrec_hf.trainer import ULMRecTrainingArguments, check_processes
 
 
 def make_parser() -> TrlParser:

@@ -17,7 +17,7 @@ from .retrieval.stage import protocol_notes
 from .stages import run_stage, stage_fingerprint
 from .systems import COMPARED, RANKER
 from .tables import read_table
-from .user_index import UserIndex
+from .user_index import KINDS, UserIndex
 
 if TYPE_CHECKING:
     from .retrieval.arguments import RetrieverArguments
