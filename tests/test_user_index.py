@@ -5,7 +5,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ulmrec_hf.user_index import KINDS, UserIndex, parse_codes, spell_codes
+from ulmrec_hf.user_index import (
+    KINDS,
+    USER_INDEX_PATTERN,
+    IndexKind,
+    UserIndex,
+    parse_codes,
+    spell_codes,
+    user_tokens,
+)
 
 
 @pytest.fixture
@@ -33,6 +41,17 @@ def test_spelling_round_trip(codes):
 def test_parse_refuses_what_is_no_index(text):
     with pytest.raises(ValueError, match="is not a user index"):
         parse_codes(text)
+
+
+def test_every_user_token():
+    tokens = user_tokens(3, 12)
+    assert [len(level) for level in tokens] == [12] * 3 and (tokens[0][0], tokens[2][11]) == ("<a_0>", "<c_11>")
+    assert all(USER_INDEX_PATTERN.fullmatch(token) for level in tokens for token in level)
+
+
+def test_indices_are_found_in_text():
+    text = "### User:\n<a_219><b_2>\nlike <a_0>, not < a_1> or <a_01> or </s>"
+    assert USER_INDEX_PATTERN.findall(text) == ["<a_219><b_2>", "<a_0>"]
 
 
 def test_collision_names_the_first_pair():
@@ -203,3 +222,16 @@ def test_maps_of_two_machines_merge_or_tell_the_conflict():
 
 def test_keys_are_sorted_numbers():
     assert UserIndex(["a", "b"], np.array([[3, 1], [0, 2]]), 4).keys.tolist() == [2, 13]
+
+
+def test_another_kind_from_outside(monkeypatch, tmp_path):
+    monkeypatch.setattr(KINDS, "_entries", dict(KINDS._entries))
+    KINDS.register("roman")(IndexKind(lambda index, row: "I" * (1 + int(index.numbers[row])), by_number=True))
+    shuffled = of_kind("roman").shuffled(3)
+    shuffled.to_parquet(tmp_path / "user_index.parquet")
+    again = UserIndex.from_parquet(tmp_path / "user_index.parquet")
+    assert [of_kind("roman").spell(user) for user in again] == ["I", "II", "III"]
+    assert [again.spell(user) for user in again] == [shuffled.spell(user) for user in again] != ["I", "II", "III"]
+    assert [kind for kind in KINDS if KINDS[kind].adds_tokens] == ["codes"]
+    with pytest.raises(ValueError, match="index_kind 'roman' exists already"):
+        KINDS.register("roman")(None)

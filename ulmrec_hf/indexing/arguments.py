@@ -35,8 +35,8 @@ class IndexArguments:
     indexer: str = field(
         default="rq_vae",
         metadata={
-            "help": "What makes the codes: rq_vae (the paper's residual-quantised autoencoder), residual_kmeans (k-means of "
-            "the users' mean vectors, a level after the other; no network), or one that was registered."
+            "help": "What makes the codes: rq_vae (the paper's residual-quantised autoencoder), residual_kmeans (no "
+            "network: k-means, level by level, of the users' mean vectors), or one that was registered."
         },
     )
     encoder: str = field(

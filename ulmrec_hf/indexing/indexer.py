@@ -90,7 +90,7 @@ class UserIndexer(Indexer):
         if self.attention is not None:
             scores = torch.einsum("und,ud->un", texts, user_ids @ self.attention.T)
         vectors = weighted_mean(texts, mask, scores)
-        # Of equal length, users are told apart by what they like, not by how much it varies.
+        # At equal length, users differ by what they like, not by how much it varies.
         return F.normalize(vectors, dim=-1) if self.settings.preset == "default" else vectors
 
     def encode(self, vectors: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Measures of what a user index tells: lift of its prefixes, agreement of ratings, words.
+"""Measures of a user index: lift of its prefixes, agreement of ratings, words.
 
 The lift of a prefix length n is P(two users share a thing | same first n codes) / P(any two users share one). What they
 share may be train items, held-out items, which no index has seen, or words. A random index has a lift of 1. The term is

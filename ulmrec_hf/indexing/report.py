@@ -1,4 +1,4 @@
-"""How much a user index tells, as JSON, Markdown and plots; the measures are those of `lift`."""
+"""The quality of a user index as JSON, Markdown and plots; the measures are those of `lift`."""
 
 import os
 from collections.abc import Mapping, Sequence
