@@ -174,7 +174,7 @@ def quiet_imports() -> Iterator[None]:
 
 
 def quiet_trainer(trainer: "Trainer", title: str = "training") -> None:
-    """Gives a Trainer one bar with loss, validation metric and time left, unless `disable_tqdm`; logs what it printed."""
+    """Gives a Trainer one bar with loss, metric and time left, unless `disable_tqdm`; logs what it printed."""
     from tqdm.auto import tqdm
     from transformers import EarlyStoppingCallback, ProgressCallback
 
