@@ -57,15 +57,16 @@ def write_report(stage: Path, folder: Path, args: RetrieverArguments) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Prepares the data where that is still to do, runs the retrieval stage, and prints its results."""
+    """Prepares the data unless that is done, runs the retrieval stage, and prints its results."""
     data_args, args, stage_args = make_parser().parse_args_and_config(argv)
 
     from ulmrec_hf.data.stage import prepare_data
     from ulmrec_hf.retrieval.stage import train_retriever
+    from ulmrec_hf.tables import LeaveOneOut
 
-    data_folder = prepare_data(data_args, stage_args.output_dir, overwrite=stage_args.overwrite)
     output_dir = Path(stage_args.output_dir)
-    stage = train_retriever(args, data_folder, output_dir, overwrite=stage_args.overwrite)
+    data = LeaveOneOut.load(prepare_data(data_args, output_dir, overwrite=stage_args.overwrite))
+    stage = train_retriever(args, data, output_dir, overwrite=stage_args.overwrite)
     print("\n" + write_report(stage, output_dir / "report", args))
     print(f"\nWritten: {stage} and {output_dir / 'report'}")
 
