@@ -1,10 +1,10 @@
-"""Item-kNN: time and memory of counting neighbours in N interactions, beside a plain co-occurrence product.
+"""Item-kNN: time and memory of counting neighbours in N interactions, against a plain co-occurrence product.
 
     python benchmarks/item_knn_scale.py                       # 1 and 10 million interactions
     python benchmarks/item_knn_scale.py 100000 1000000 --peer
 
-Seeded synthetic sequences of Zipf items, each way and size in a process of its own. The peer is the plain item-kNN on
-SciPy: X.T @ X of the binary user-item matrix, which knows neither order nor distance.
+Seeded synthetic sequences of Zipf items, each method and size in its own process. The peer is the plain item-kNN on
+SciPy: X.T @ X of the binary user-item matrix, which ignores order and distance.
 """
 
 import argparse
@@ -20,9 +20,10 @@ MEAN_LENGTH = 7.0
 
 
 def fit_ours(sequences) -> int:
-    from ulmrec_hf.retrieval.item_knn import ItemKNNRetriever
+    from ulmrec_hf.retrieval.item_knn import ItemKNN, ItemKNNConfig
 
-    return ItemKNNRetriever.fit(sequences).weights.nnz
+    config = ItemKNNConfig(num_items=sequences.num_items, catalogue=sequences.catalogue)
+    return ItemKNN.count(sequences, config).weights.nnz
 
 
 def fit_scipy(sequences) -> int:

@@ -1,12 +1,12 @@
 """LRURec training: ours against the textbook form, the same parameters, optimizer, rows and batch size.
 
     python benchmarks/lrurec_speed.py output/beauty/data
-    python benchmarks/lrurec_speed.py output/beauty/data --quality --epochs 20     # what both have learned by then
+    python benchmarks/lrurec_speed.py output/beauty/data --quality --epochs 20     # the quality of both
 
 DATA_FOLDER is a finished data stage. The textbook form is that of the published code: every sequence padded on the left
 to 50 items, complex matrix products and a recurrence over 64 places with the padding masked, logits of the whole
 catalogue at every position, padding too, batches in random order. Ours pads on the right to the longest of a batch of
-sequences of about one length, keeps real and imaginary parts apart, and computes logits where there is a label.
+sequences of similar length, keeps real and imaginary parts apart, and computes logits where there is a label.
 A first check raises unless both forms give the same logits and loss. On a busy machine, and with one thread
 (OMP_NUM_THREADS=1), read the sequences per second of processor time.
 """
@@ -25,10 +25,10 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, set_seed
 
 from ulmrec_hf.metrics import ranking_metrics
 from ulmrec_hf.retrieval.arguments import RetrieverArguments
-from ulmrec_hf.retrieval.candidates import target_ranks
-from ulmrec_hf.retrieval.lrurec import LinearRecurrentUnit, LRURecConfig, LRURecModel
-from ulmrec_hf.retrieval.neural import RetrieverOutput, pad_right
-from ulmrec_hf.retrieval.trainer import RetrieverTrainer, TrainingRows, ValidationRows, training_arguments
+from ulmrec_hf.retrieval.lrurec import LinearRecurrentUnit, LRURec, LRURecConfig
+from ulmrec_hf.retrieval.neural import RetrieverOutput
+from ulmrec_hf.retrieval.rows import TrainingRows, ValidationRows, pad_right
+from ulmrec_hf.retrieval.trainer import RetrieverTrainer, training_arguments
 from ulmrec_hf.tables import LeaveOneOut, Sequences
 
 
@@ -47,7 +47,7 @@ def complex_recurrence(unit: LinearRecurrentUnit, x: torch.Tensor, real: torch.T
     return nn.functional.linear(state, torch.complex(weight[0], -weight[1])).real + unit.output.bias
 
 
-class TextbookLRURec(LRURecModel):
+class TextbookLRURec(LRURec):
     """The same parameters; rows are padded on the left."""
 
     def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> RetrieverOutput:
@@ -75,9 +75,9 @@ def pad_left(rows: list[np.ndarray], width: int) -> torch.Tensor:
 def check_forms() -> None:
     """Raises unless both forms give the same logits and the same loss."""
     torch.manual_seed(0)
-    ours = LRURecModel(LRURecConfig(num_items=30, hidden_size=8)).eval()
+    ours = LRURec(LRURecConfig(num_items=30, hidden_size=8)).eval()
     with torch.no_grad():
-        for parameter in ours.parameters():  # no bias stays 0, so that a wrong mask is seen
+        for parameter in ours.parameters():  # no bias stays 0, so that a wrong mask shows
             parameter.add_(torch.randn_like(parameter) * 0.2)
     textbook = TextbookLRURec(ours.config).eval()
     textbook.load_state_dict(ours.state_dict())
@@ -107,46 +107,46 @@ class Clock(TrainerCallback):
             self.seconds = now - self.start
 
 
-class Judge(TrainerCallback):
-    """Validation N@10 after every epoch. LRURecModel judges both forms, since their parameters are the same."""
+class Evaluation(TrainerCallback):
+    """Validation N@10 after every epoch. LRURec evaluates both forms, since their parameters are the same."""
 
-    def __init__(self, sequences: Sequences):
-        self.sequences, self.values = sequences, []
+    def __init__(self, data: LeaveOneOut):
+        self.data, self.values = data, []
 
     def on_epoch_end(self, args, state, control, model, **kwargs) -> None:
-        judged = LRURecModel(model.config)
-        judged.load_state_dict(model.state_dict())
-        ranks = target_ranks(judged, self.sequences, "validation")[1].astype(np.float64)
+        evaluated = LRURec(model.config)
+        evaluated.load_state_dict(model.state_dict())
+        ranks = evaluated.ranks(self.data, ["validation"])["rank"].to_numpy().astype(np.float64)
         self.values.append(ranking_metrics(np.where(ranks > 0, ranks, np.inf))["ndcg@10"])
         print(f"epoch {len(self.values)}: validation N@10 {self.values[-1]:.4f}", flush=True)
 
 
 def train(
-    model: LRURecModel, rows: TrainingRows, args: RetrieverArguments, warmup: int, steps: int, judge: Judge | None
+    model: LRURec, rows: TrainingRows, args: RetrieverArguments, warmup: int, steps: int, evaluation: Evaluation | None
 ) -> dict[str, float]:
-    """Trains for warmup + steps steps, or args.epochs with a judge; returns speeds after the warm-up, or quality."""
+    """Trains for warmup + steps steps, or args.epochs to evaluate; returns speeds after the warm-up, or quality."""
     set_seed(args.seed)
     clock = Clock(warmup)
     with tempfile.TemporaryDirectory() as folder:
         settings = training_arguments(args, folder)
         settings.disable_tqdm = True
-        if judge is None:
+        if evaluation is None:
             settings.max_steps, settings.dataloader_drop_last = warmup + steps, True
         if isinstance(model, TextbookLRURec):  # the library's Trainer takes rows in random order
             make = partial(Trainer, data_collator=partial(collate_left, width=args.max_history))
         else:
             make = RetrieverTrainer
-        trainer = make(model, settings, train_dataset=rows, callbacks=[judge or clock])
+        trainer = make(model, settings, train_dataset=rows, callbacks=[evaluation or clock])
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    if judge is not None:
-        return {"by epoch": judge.values}
+    if evaluation is not None:
+        return {"by epoch": evaluation.values}
     speeds = (trainer.state.global_step - warmup) * args.batch_size / clock.seconds
     return dict(zip(("sequences/s", "sequences/CPU s"), speeds.tolist(), strict=True))
 
 
 @torch.inference_mode()
-def users_per_second(model: LRURecModel, sequences: Sequences, args: RetrieverArguments, batches: int) -> float:
+def users_per_second(model: LRURec, sequences: Sequences, args: RetrieverArguments, batches: int) -> float:
     """Speed of the next-item logits of validation histories in random order; the first batch is a warm-up."""
     rows = ValidationRows(sequences, args.max_history)
     order = np.random.default_rng(args.seed).permutation(len(rows))[: (batches + 1) * args.batch_size]
@@ -177,7 +177,8 @@ def main() -> None:
     options = parser.parse_args()
     check_forms()
     args = RetrieverArguments(epochs=options.epochs, patience=0, seed=options.seed)
-    sequences = LeaveOneOut.load(options.data_folder).sequences
+    data = LeaveOneOut.load(options.data_folder)
+    sequences = data.sequences
     rows = TrainingRows(sequences.train_part(), args.max_history)
     steps = options.steps or len(rows) // args.batch_size
     results = {"settings": vars(options), "users": len(sequences), "items": sequences.num_items}
@@ -187,12 +188,12 @@ def main() -> None:
     )
     set_seed(args.seed)
     config = LRURecConfig(num_items=sequences.num_items, catalogue=sequences.catalogue, dropout=args.dropout)
-    start = LRURecModel(config).state_dict()
-    for name, model_class in (("ours", LRURecModel), ("textbook", TextbookLRURec)):
+    start = LRURec(config).state_dict()
+    for name, model_class in (("ours", LRURec), ("textbook", TextbookLRURec)):
         model = model_class(config)
         model.load_state_dict(start)
-        judge = Judge(sequences) if options.quality else None
-        result = results[name] = train(model, rows, args, options.warmup, steps, judge)
+        evaluation = Evaluation(data) if options.quality else None
+        result = results[name] = train(model, rows, args, options.warmup, steps, evaluation)
         if options.quality:
             continue
         result["evaluated users/s"] = users_per_second(model, sequences, args, options.eval_batches)

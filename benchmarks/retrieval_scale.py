@@ -1,4 +1,4 @@
-"""Top-20 retrieval for up to a million users from 100,000 items: time and memory as the users grow.
+"""Top-20 retrieval for up to a million users from 100,000 items: time and memory by the number of users.
 
     python benchmarks/retrieval_scale.py
     python benchmarks/retrieval_scale.py --sample 20000     # times that many evenly spread users of each
@@ -16,10 +16,14 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ulmrec_hf.tables import Sequences
+
+if TYPE_CHECKING:
+    from ulmrec_hf.retrieval.base import Retriever
 
 EXPONENT = 0.8  # of the popularity by rank; that of the items of Amazon Beauty is 0.76
 CATALOGUE = "synthetic"
@@ -53,28 +57,24 @@ def made_up_titles(items: int) -> list[str]:
 
 
 def fit(system: str, users: int, items: int, folder: Path) -> None:
-    """Saves the retriever to `folder`, which has one of title text already if a hybrid was saved there before."""
+    """Saves the retriever to `folder`, which already has one of title text if a hybrid was saved there before."""
+    from ulmrec_hf.retrieval.arguments import RETRIEVERS, RetrieverArguments
     from ulmrec_hf.retrieval.base import load_retriever
-    from ulmrec_hf.retrieval.hybrid import HybridRetriever
-    from ulmrec_hf.retrieval.item_knn import ItemKNNRetriever
-    from ulmrec_hf.retrieval.lrurec import LRURecConfig, LRURecModel
-    from ulmrec_hf.retrieval.popularity import PopularityRetriever
-    from ulmrec_hf.retrieval.text import TextRetriever
+    from ulmrec_hf.retrieval.hybrid import Hybrid
+    from ulmrec_hf.retrieval.lrurec import LRURec, LRURecConfig
 
     sequences = synthetic_sequences(users, items)
-    train = sequences.train_part()
-    fits = {
-        "lrurec": lambda: LRURecModel(LRURecConfig(num_items=items, catalogue=CATALOGUE)),
-        "item_knn": lambda: ItemKNNRetriever.fit(train),
-        "popularity": lambda: PopularityRetriever.fit(train),
-        "text": lambda: TextRetriever.fit(train, made_up_titles(items)),
-    }
-    if (folder / "text").is_dir():  # minutes to fit, and users do not change its speed
-        fits["text"] = lambda: load_retriever(folder / "text")
-    if system == "hybrid":
-        retriever = HybridRetriever.fit([fits[name]() for name in COMPONENTS], sequences, max_users=4000)
-    else:
-        retriever = fits[system]()
+
+    def fitted(name: str) -> "Retriever":
+        if name == "lrurec":
+            return LRURec(LRURecConfig(num_items=items, catalogue=CATALOGUE))
+        if name == "text" and (folder / name).is_dir():  # minutes to fit, and users do not change its speed
+            return load_retriever(folder / name)
+        titles = made_up_titles(items) if name == "text" else []
+        return RETRIEVERS[name].fit_sequences(sequences, titles, RetrieverArguments())
+
+    parts = [fitted(name) for name in (COMPONENTS if system == "hybrid" else [system])]
+    retriever = Hybrid.combine(parts, sequences, max_users=4000) if system == "hybrid" else parts[0]
     retriever.save_pretrained(folder)
 
 
@@ -82,22 +82,23 @@ def retrieve_all(system: str, users: int, items: int, folder: Path, sample: int)
     """Streams the test candidates of all users, or `sample` of them, to Parquet."""
     import pyarrow.parquet as pq
 
+    from ulmrec_hf.protocol import target_positions
     from ulmrec_hf.retrieval.base import load_retriever
-    from ulmrec_hf.retrieval.candidates import CANDIDATES_SCHEMA, Positions, _to_table, retrieve, split_positions
+    from ulmrec_hf.retrieval.candidates import retrieve
+    from ulmrec_hf.tables import CANDIDATES
 
     sequences = synthetic_sequences(users, items)
     retriever = load_retriever(folder, catalogue=CATALOGUE)
-    rows = split_positions(sequences, "test")
-    if sample and sample < len(rows):
-        kept = np.linspace(0, len(rows) - 1, sample).astype(np.int64)
-        rows = Positions(rows.users[kept], rows.positions[kept])
-    for part in (Positions(rows.users[:500], rows.positions[:500]), rows):  # the first has what only first calls cost
+    rows = np.stack(target_positions(sequences.lengths, "test"))
+    if sample and sample < users:
+        rows = rows[:, np.linspace(0, users - 1, sample).astype(np.int64)]
+    for part in (rows[:, :500], rows):  # the first call bears the costs that occur once
         start = time.perf_counter(), time.process_time()
-        with pq.ParquetWriter(folder / "candidates.parquet", CANDIDATES_SCHEMA, compression="zstd") as writer:
-            for block in retrieve(retriever, sequences, part, K):
-                writer.write_table(_to_table(block, "test"))
+        with pq.ParquetWriter(folder / "candidates.parquet", CANDIDATES, compression="zstd") as writer:
+            for table in retrieve(retriever, sequences, "test", *part, K):
+                writer.write_table(table)
     return {
-        "timed": len(rows),
+        "timed": rows.shape[1],
         "seconds": time.perf_counter() - start[0],
         "cpu_seconds": time.process_time() - start[1],
         "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ulmrec_hf.retrieval.arguments import SYSTEMS
+from ulmrec_hf.retrieval.arguments import RETRIEVERS
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 CONFIGS = sorted((RECIPES / "configs" / "retrieval").glob("*.yaml"))
@@ -25,8 +25,8 @@ def test_every_config_parses(recipe, config):
     assert not {"interactions:", "items:", "output_dir:"} & set(config.read_text().split())
 
 
-def test_there_is_a_config_for_each_system():
-    assert {path.stem for path in CONFIGS} >= set(SYSTEMS)
+def test_there_is_a_config_for_each_retriever():
+    assert {path.stem for path in CONFIGS} >= set(RETRIEVERS)
 
 
 def test_runs_end_to_end(recipe, tmp_path, capsys):

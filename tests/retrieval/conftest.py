@@ -1,9 +1,14 @@
 import pytest
 
-from tests.retrieval.world import item_ids, make_lists
-from ulmrec_hf.tables import Sequences
+from tests.retrieval.world import make_data, make_lists
+from ulmrec_hf.tables import LeaveOneOut, Sequences
 
 
 @pytest.fixture(scope="session")
-def sequences() -> Sequences:
-    return Sequences.from_lists(make_lists(), item_ids())
+def data() -> LeaveOneOut:
+    return make_data(make_lists())
+
+
+@pytest.fixture(scope="session")
+def sequences(data) -> Sequences:
+    return data.sequences

@@ -3,17 +3,17 @@ import pytest
 import torch
 
 from tests.retrieval.world import item_ids, make_lists
-from ulmrec_hf.retrieval.hybrid import HybridRetriever, fit_combiner, pool, validation_pools
-from ulmrec_hf.retrieval.item_knn import ItemKNNRetriever
-from ulmrec_hf.retrieval.popularity import PopularityRetriever
+from ulmrec_hf.retrieval.hybrid import Hybrid, fit_combiner, pool, validation_pools
+from ulmrec_hf.retrieval.item_knn import ItemKNN
+from ulmrec_hf.retrieval.lrurec import LRURec
+from ulmrec_hf.retrieval.popularity import Popularity
 from ulmrec_hf.retrieval.topk import hide, seen_places, top_items
 from ulmrec_hf.tables import Sequences
 
 
 @pytest.fixture(scope="module")
-def components(sequences):
-    train = sequences.train_part()
-    return [ItemKNNRetriever.fit(train), PopularityRetriever.fit(train)]
+def components(data):
+    return [ItemKNN.fit(data), Popularity.fit(data)]
 
 
 def make_pools(utility, users=1000, places=10, seed=0):
@@ -97,7 +97,7 @@ def test_the_target_is_marked_and_unreachable_ones_are_left_out(components, sequ
 
 
 def test_few_users_fit_weights_alone(components, sequences):
-    hybrid = HybridRetriever.fit(components, sequences)
+    hybrid = Hybrid.combine(components, sequences)
     assert hybrid.combiner.network is None and hybrid.config.network_size == 0
     histories = [[1, 2, 3], [7], []]
     parts = [component.log_scores(histories)[:, 1:] for component in components]
@@ -111,7 +111,7 @@ def test_few_users_fit_weights_alone(components, sequences):
 
 
 def test_items_outside_the_pool_follow_by_the_weighted_sum(components, sequences, monkeypatch):
-    hybrid = HybridRetriever.fit(components, sequences)
+    hybrid = Hybrid.combine(components, sequences)
     whole = hybrid.score([[1, 2, 3]])[0]
     monkeypatch.setattr("ulmrec_hf.retrieval.hybrid._POOL", 4)
     few = hybrid.score([[1, 2, 3]])[0]
@@ -127,13 +127,23 @@ def test_items_outside_the_pool_follow_by_the_weighted_sum(components, sequences
 def test_test_targets_are_not_read(components, sequences):
     lists = [[*items[:-1], 1 + items[-1] % 30] for items in make_lists()]
     other = Sequences.from_lists(lists, item_ids())
-    assert HybridRetriever.fit(components, other).weights == HybridRetriever.fit(components, sequences).weights
+    assert Hybrid.combine(components, other).weights == Hybrid.combine(components, sequences).weights
+
+
+def test_components_are_fitted_as_they_are_alone(data):
+    settings = {"hidden_size": 16, "epochs": 2, "knn_window": 3}
+    hybrid = Hybrid.fit(data, hybrid_components=["item_knn", "lrurec"], **settings)
+    alone = [ItemKNN.fit(data, **settings), LRURec.fit(data, **settings)]
+    for part, other in zip(hybrid.components, alone, strict=True):
+        assert torch.equal(part.score([[1, 2, 3]]), other.score([[1, 2, 3]]))
+    assert hybrid.training_history == alone[1].training_history != []
+    assert [(epoch["retriever"], epoch["epoch"]) for epoch in hybrid.training_history] == [("lrurec", 1), ("lrurec", 2)]
 
 
 def test_refusals(components, sequences):
     with pytest.raises(ValueError, match="different names; got item_knn, item_knn"):
-        HybridRetriever.fit([components[0], components[0]], sequences)
+        Hybrid.combine([components[0], components[0]], sequences)
     with pytest.raises(ValueError, match="another catalogue"):
-        HybridRetriever.fit(components, Sequences.from_lists(make_lists(), item_ids(31)))
+        Hybrid.combine(components, Sequences.from_lists(make_lists(), item_ids(31)))
     with pytest.raises(ValueError, match="no user has a validation target"):
-        HybridRetriever.fit(components, Sequences.from_lists([[1, 2]], item_ids()))
+        Hybrid.combine(components, Sequences.from_lists([[1, 2]], item_ids()))

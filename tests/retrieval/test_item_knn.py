@@ -3,18 +3,17 @@ import json
 import numpy as np
 import pytest
 
-from tests.retrieval.world import item_ids
+from tests.retrieval.world import make_tables, with_targets
 from ulmrec_hf.metrics import ranking_metrics
-from ulmrec_hf.retrieval.candidates import target_ranks
-from ulmrec_hf.retrieval.item_knn import ItemKNNRetriever
-from ulmrec_hf.tables import Sequences
+from ulmrec_hf.retrieval.item_knn import ItemKNN
+from ulmrec_hf.tables import LeaveOneOut
 
-PLAIN = {"window": 2, "backward_weight": 0.5, "recency": 0.5, "popularity_exponent": 0.0}
+PLAIN = {"knn_window": 2, "knn_backward_weight": 0.5, "knn_recency": 0.5, "knn_popularity_exponent": 0.0}
 
 
 def test_weights_are_inverse_distances_within_the_window():
-    train = Sequences.from_lists([[1, 2, 3, 4]], item_ids(4))
-    weights = ItemKNNRetriever.fit(train, **PLAIN).weights.toarray()
+    data = with_targets([[1, 2, 3, 4]], 4)
+    weights = ItemKNN.fit(data, **PLAIN).weights.toarray()
     expected = np.zeros((5, 5))
     expected[1, 2:4] = expected[2, 3:5] = [1, 0.5]
     expected[3, 4] = 1
@@ -22,29 +21,29 @@ def test_weights_are_inverse_distances_within_the_window():
 
 
 def test_pairs_do_not_cross_users_and_repeats_are_no_neighbours():
-    train = Sequences.from_lists([[1, 1], [2], [3, 4]], item_ids(4))
-    weights = ItemKNNRetriever.fit(train, **PLAIN).weights.toarray()
+    data = with_targets([[1, 1], [2], [3, 4]], 4)
+    weights = ItemKNN.fit(data, **PLAIN).weights.toarray()
     assert {tuple(place) for place in np.argwhere(weights).tolist()} == {(3, 4), (4, 3)}
 
 
 def test_recency_and_popularity_exponent():
-    train = Sequences.from_lists([[1, 3], [2, 4], [2]], item_ids(4))
-    scores = ItemKNNRetriever.fit(train, **PLAIN).score([[1, 2]])[0]
+    data = with_targets([[1, 3], [2, 4], [2]], 4)
+    scores = ItemKNN.fit(data, **PLAIN).score([[1, 2]])[0]
     np.testing.assert_allclose(scores[3:], [0.5, 1.0], atol=1e-5)  # 3 follows the older item
-    scores = ItemKNNRetriever.fit(train, **{**PLAIN, "popularity_exponent": 2.0}).score([[1, 2]])[0]
+    scores = ItemKNN.fit(data, **{**PLAIN, "knn_popularity_exponent": 2.0}).score([[1, 2]])[0]
     np.testing.assert_allclose(scores[3:], [0.5, 0.25], atol=1e-5)  # item 2 occurs twice
 
 
 def test_items_without_neighbours_follow_by_popularity():
-    train = Sequences.from_lists([[1, 2], [3], [4], [4]], item_ids(4))
-    scores = ItemKNNRetriever.fit(train).score([[1]])[0]
+    data = with_targets([[1, 2], [3], [4], [4]], 4)
+    scores = ItemKNN.fit(data).score([[1]])[0]
     assert scores[1:].argsort(descending=True).tolist()[:3] == [1, 3, 0]
 
 
-def test_folding_changes_nothing(monkeypatch, sequences):
-    whole = ItemKNNRetriever.fit(sequences)
+def test_folding_changes_nothing(monkeypatch, data):
+    whole = ItemKNN.fit(data)
     monkeypatch.setattr("ulmrec_hf.retrieval.item_knn._FOLD", 10)
-    np.testing.assert_allclose(ItemKNNRetriever.fit(sequences).weights.toarray(), whole.weights.toarray(), rtol=1e-6)
+    np.testing.assert_allclose(ItemKNN.fit(data).weights.toarray(), whole.weights.toarray(), rtol=1e-6)
 
 
 @pytest.mark.data
@@ -56,8 +55,8 @@ def test_beauty(shared):
         lists = [json.loads(line)["asins"] for line in file]
     ids = sorted({item for items in lists for item in items})
     dense = {item: number for number, item in enumerate(ids, 1)}
-    sequences = Sequences.from_lists([[dense[item] for item in items] for items in lists], ids)
-    _, ranks = target_ranks(ItemKNNRetriever.fit(sequences.train_part()), sequences, "test")
+    data = LeaveOneOut(make_tables([[dense[item] for item in items] for items in lists], ids))
+    ranks = ItemKNN.fit(data).ranks(data, ["test"])["rank"].to_numpy()
     metrics = ranking_metrics(np.where(ranks > 0, ranks, np.inf), ks=(10,))
     assert metrics["ndcg@10"] >= 0.0514
     assert metrics["recall@10"] >= 0.0831

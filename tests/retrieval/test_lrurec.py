@@ -1,13 +1,13 @@
 import torch
 
-from ulmrec_hf.retrieval.lrurec import LinearRecurrentUnit, LRURecConfig, LRURecModel
+from ulmrec_hf.retrieval.lrurec import LinearRecurrentUnit, LRURec, LRURecConfig
 
 CONFIG = {"num_items": 20, "hidden_size": 16, "num_layers": 2}
 
 
-def make_model() -> LRURecModel:
+def make_model() -> LRURec:
     torch.manual_seed(0)
-    return LRURecModel(LRURecConfig(**CONFIG)).eval()
+    return LRURec(LRURecConfig(**CONFIG)).eval()
 
 
 def test_recurrence_equals_the_complex_loop():

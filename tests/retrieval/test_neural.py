@@ -4,13 +4,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel
 
-from tests.retrieval.world import titles
-from ulmrec_hf.retrieval.arguments import RetrieverArguments
+from ulmrec_hf.retrieval.arguments import RETRIEVERS
 from ulmrec_hf.retrieval.attention import SelfAttention
-from ulmrec_hf.retrieval.base import retriever_class
 from ulmrec_hf.retrieval.neural import NeuralRetriever
-from ulmrec_hf.retrieval.stage import fit_retriever
-from ulmrec_hf.retrieval.trainer import TrainingRows, collate
+from ulmrec_hf.retrieval.rows import TrainingRows, collate
+from ulmrec_hf.retrieval.sasrec import SASRec
 
 CAUSAL = ("lrurec", "narm", "sasrec")
 NEURAL = (*CAUSAL, "bert4rec")
@@ -21,7 +19,7 @@ def make_model(name: str, **settings) -> NeuralRetriever:
     torch.manual_seed(0)
     # weights so large that a position which reads what it must not is seen to do so
     settings = {"num_items": 20, "hidden_size": 16, "num_layers": 2, "initializer_range": 0.3, **settings}
-    model_class = retriever_class(name)
+    model_class = RETRIEVERS[name]
     return model_class(model_class.config_class(**settings)).eval()
 
 
@@ -53,13 +51,12 @@ def test_loss_falls(name, sequences):
 
 
 @pytest.mark.parametrize("name", NEURAL)
-def test_fits_by_the_arguments_and_the_seed(name, sequences, tmp_path):
-    args = RetrieverArguments(hidden_size=16, num_layers=1, num_heads=4, max_history=7, epochs=1, patience=0)
-    (one, history), (other, _) = (fit_retriever(name, args, sequences, titles(), tmp_path) for _ in range(2))
-    assert one.name == name and len(history) == 1
-    shared = {"hidden_size", "num_layers", "num_heads", "dropout", "mask_probability", "max_history"}
-    for setting in shared & set(one.config.to_dict()):
-        assert getattr(one.config, setting) == getattr(args, setting), setting
+def test_fits_by_the_settings_and_the_seed(name, data):
+    settings = {"hidden_size": 16, "num_layers": 1, "num_heads": 4, "max_history": 7, "dropout": 0.3}
+    one, other = (RETRIEVERS[name].fit(data, epochs=1, patience=0, **settings) for _ in range(2))
+    assert one.name == name and len(one.training_history) == 1
+    for setting in set(settings) & set(one.config.to_dict()):
+        assert getattr(one.config, setting) == settings[setting], setting
     assert all(torch.equal(weight, other.state_dict()[key]) for key, weight in one.state_dict().items())
 
 
@@ -202,9 +199,9 @@ def test_bert4rec_never_reads_an_item_behind_a_mask():
     assert len({tuple(rows[:3].flatten().tolist()) for rows in read}) > 10
 
 
-def test_item_embeddings_can_start_from_the_titles(sequences, tmp_path):
-    args = RetrieverArguments(hidden_size=16, start_from_titles=True, epochs=1, patience=0, learning_rate=1e-9)
-    model, _ = fit_retriever("sasrec", args, sequences, titles(), tmp_path)
+def test_item_embeddings_can_start_from_the_titles(data):
+    settings = {"start_from_titles": True, "epochs": 1, "patience": 0, "learning_rate": 1e-9}
+    model = SASRec.fit(data, hidden_size=16, **settings)
     embeddings = model.item_embedding.weight[1:]
     similar = torch.nn.functional.cosine_similarity(embeddings[:, None], embeddings[None], dim=-1)
     assert similar[0, 3] > similar[0, 4] and similar[0, 1] > similar[0, 4]  # colour shared; thing shared; nothing

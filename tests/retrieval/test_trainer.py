@@ -1,18 +1,21 @@
 import json
+import tempfile
 from itertools import chain
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
-from tests.retrieval.world import NUM_ITEMS, item_ids, make_lists, titles, write_data_stage
+from tests.retrieval.world import NUM_ITEMS, item_ids, make_data, make_lists, titles, write_data_stage
 from ulmrec_hf.metrics import ranking_metrics
-from ulmrec_hf.retrieval.arguments import RetrieverArguments
+from ulmrec_hf.retrieval.arguments import RETRIEVERS, RetrieverArguments
 from ulmrec_hf.retrieval.base import load_retriever
-from ulmrec_hf.retrieval.candidates import target_ranks
-from ulmrec_hf.retrieval.stage import fit_retriever, train_retriever
-from ulmrec_hf.retrieval.trainer import EqualBatches, TrainingRows, collate
+from ulmrec_hf.retrieval.item_knn import ItemKNN
+from ulmrec_hf.retrieval.lrurec import LRURec
+from ulmrec_hf.retrieval.rows import EqualBatches, TrainingRows, collate
+from ulmrec_hf.retrieval.stage import cross_fit, train_retriever
 from ulmrec_hf.tables import LeaveOneOut, Sequences
 
 FAST = {
@@ -21,15 +24,18 @@ FAST = {
     "dropout": 0.1,
     "batch_size": 16,
     "learning_rate": 0.01,
-    "num_candidates": 5,
 }
+
+
+def run(folder, lists=None, **settings):
+    """The stage on these users, in a new folder."""
+    data = write_data_stage(folder / "data", lists or make_lists())
+    return train_retriever(RetrieverArguments(num_candidates=5, **{**FAST, **settings}), data, folder)
 
 
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    write_data_stage(folder / "data", make_lists(), item_ids())
-    return train_retriever(RetrieverArguments(epochs=6, patience=3, **FAST), folder / "data", folder)
+    return run(tmp_path_factory.mktemp("run"), epochs=6, patience=3)
 
 
 def test_stage_writes_its_files_and_nothing_else(stage):
@@ -47,8 +53,7 @@ def test_stage_writes_its_files_and_nothing_else(stage):
 def test_loss_falls_and_the_best_epoch_is_kept(stage):
     history = json.loads((stage / "training.json").read_text())["history"]
     assert history[-1]["loss"] < 0.8 * history[0]["loss"]
-    sequences = LeaveOneOut.load(stage.parent / "data").sequences
-    _, ranks = target_ranks(load_retriever(stage), sequences, "validation")
+    ranks = load_retriever(stage).ranks(LeaveOneOut.load(stage.parent / "data"), ["validation"])["rank"].to_numpy()
     kept = ranking_metrics(np.where(ranks > 0, ranks, np.inf), ks=(10,))["ndcg@10"]
     assert kept == pytest.approx(max(row["ndcg@10"] for row in history))
     assert kept > 0.5  # the pattern is learned
@@ -68,60 +73,65 @@ def test_ranks_hold_every_system_once(stage):
 
 def test_other_test_items_change_nothing_that_is_trained(stage, tmp_path):
     lists = [[*items[:-1], items[-1] % NUM_ITEMS + 1] for items in make_lists()]
-    write_data_stage(tmp_path / "data", lists, item_ids())
-    other = train_retriever(RetrieverArguments(epochs=6, patience=3, **FAST), tmp_path / "data", tmp_path)
+    other = run(tmp_path, lists, epochs=6, patience=3)
     for name in ("model.safetensors", "config.json", "training.json"):
         assert (other / name).read_bytes() == (stage / name).read_bytes(), name
     assert (other / "ranks.parquet").read_bytes() != (stage / "ranks.parquet").read_bytes()
 
 
-def test_without_selection_validation_items_change_nothing_either(tmp_path):
-    args = RetrieverArguments(epochs=1, patience=0, **FAST)
+def test_folder_and_memory_are_equal(stage, data):
+    retriever = LRURec.fit(data, epochs=6, patience=3, **FAST)
+    for name, weight in load_retriever(stage).state_dict().items():
+        assert torch.equal(weight, retriever.state_dict()[name])
+    assert retriever.training_history == json.loads((stage / "training.json").read_text())["history"]
+    assert retriever.candidates(data, k=5).equals(pq.read_table(stage / "candidates.parquet"))
+    ranks = pa.concat_tables(
+        part.ranks(data, [split])
+        for split in ("validation", "test")
+        for part in (RETRIEVERS[name].fit(data) for name in ("popularity", "item_knn"))
+    )
+    assert pa.concat_tables([ranks, retriever.ranks(data)]).equals(pq.read_table(stage / "ranks.parquet"))
+
+
+def test_without_selection_validation_items_change_nothing_either():
     weights = []
     for shift in (0, 1):
         lists = [items[:-2] + [(item + shift) % NUM_ITEMS + 1 for item in items[-2:]] for items in make_lists()]
-        model, history = fit_retriever("lrurec", args, Sequences.from_lists(lists, item_ids()), [], tmp_path)
-        assert "ndcg@10" not in history[0]
+        model = LRURec.fit(make_data(lists), epochs=1, patience=0, **FAST)
+        assert "ndcg@10" not in model.training_history[0]
         weights.append(model.state_dict())
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 @pytest.mark.parametrize("name", ["popularity", "item_knn", "text"])
 def test_stage_without_training(name, tmp_path):
-    write_data_stage(tmp_path / "data", make_lists(), item_ids())
-    args = RetrieverArguments(retriever=name, num_candidates=5)
-    stage = train_retriever(args, tmp_path / "data", tmp_path)
+    stage, data = run(tmp_path, retriever=name), LeaveOneOut.load(tmp_path / "data")
     assert load_retriever(stage).name == name
     assert set(pq.read_table(stage / "ranks.parquet")["system"].to_pylist()) == {"popularity", "item_knn", name}
     before = (stage / "ranks.parquet").stat().st_mtime_ns
-    assert (train_retriever(args, tmp_path / "data", tmp_path) / "ranks.parquet").stat().st_mtime_ns == before
+    train_retriever(RetrieverArguments(retriever=name, num_candidates=5, **FAST), data, tmp_path)
+    assert (stage / "ranks.parquet").stat().st_mtime_ns == before
     with pytest.raises(ValueError, match="num_candidates was 5, is 6"):
-        train_retriever(RetrieverArguments(retriever=name, num_candidates=6), tmp_path / "data", tmp_path)
+        train_retriever(RetrieverArguments(retriever=name, num_candidates=6, **FAST), data, tmp_path)
 
 
 def test_hybrid_stage_ranks_what_it_combines(tmp_path):
-    write_data_stage(tmp_path / "data", make_lists(), item_ids())
-    args = RetrieverArguments(retriever="hybrid", hybrid_components=["lrurec", "item_knn", "text"], epochs=2, **FAST)
-    stage = train_retriever(args, tmp_path / "data", tmp_path)
+    components = ["lrurec", "item_knn", "text"]
+    stage = run(tmp_path, retriever="hybrid", hybrid_components=components, epochs=2)
     ranks = pq.read_table(stage / "ranks.parquet")
-    assert set(ranks["system"].to_pylist()) == {"popularity", "hybrid", *args.hybrid_components}
-    assert sorted(path.name for path in stage.iterdir() if path.is_dir()) == sorted(args.hybrid_components)
+    assert set(ranks["system"].to_pylist()) == {"popularity", "hybrid", *components}
+    assert sorted(path.name for path in stage.iterdir() if path.is_dir()) == sorted(components)
     assert len(load_retriever(stage).weights) == 3
 
 
 def test_refit_counts_validation_items_for_test_rows_alone(tmp_path):
-    lists = make_lists()
-    write_data_stage(tmp_path / "data", lists, item_ids())
-    plain, refit = (
-        train_retriever(RetrieverArguments(retriever=name, refit=refit, **FAST), tmp_path / "data", tmp_path / run)
-        for name, refit, run in (("item_knn", False, "plain"), ("item_knn", True, "refit"))
-    )
+    plain, refit = (run(tmp_path / str(refit), retriever="item_knn", refit=refit) for refit in (False, True))
     tables = [pq.read_table(stage / "candidates.parquet").to_pandas() for stage in (plain, refit)]
     for split, equal in (("train", True), ("validation", True), ("test", False)):
         scores = [np.concatenate(table[table["split"] == split]["scores"].tolist()) for table in tables]
         assert np.array_equal(*scores) is equal
-    assert load_retriever(refit).arrays["counts"].sum() == sum(len(items) - 1 for items in lists)
-    assert load_retriever(plain).arrays["counts"].sum() == sum(len(items) - 2 for items in lists)
+    assert load_retriever(refit).arrays["counts"].sum() == sum(len(items) - 1 for items in make_lists())
+    assert load_retriever(plain).arrays["counts"].sum() == sum(len(items) - 2 for items in make_lists())
     ranks = [pq.read_table(stage / "ranks.parquet").to_pandas() for stage in (plain, refit)]
     baseline = [table[(table["system"] == "popularity")].set_index("split")["rank"] for table in ranks]
     assert baseline[0]["validation"].tolist() == baseline[1]["validation"].tolist()
@@ -129,53 +139,48 @@ def test_refit_counts_validation_items_for_test_rows_alone(tmp_path):
 
 
 def test_refit_never_counts_test_items(tmp_path):
-    lists = make_lists()
-    for run, rows in (("a", lists), ("b", [[*items[:-1], 1 + items[-1] % NUM_ITEMS] for items in lists])):
-        write_data_stage(tmp_path / run / "data", rows, item_ids())
-        train_retriever(
-            RetrieverArguments(retriever="item_knn", refit=True, **FAST), tmp_path / run / "data", tmp_path / run
-        )
-    saved = [(tmp_path / run / "retriever" / "model.safetensors").read_bytes() for run in "ab"]
-    assert saved[0] == saved[1]
+    other = [[*items[:-1], 1 + items[-1] % NUM_ITEMS] for items in make_lists()]
+    stages = [
+        run(tmp_path / name, lists, retriever="item_knn", refit=True) for name, lists in (("a", None), ("b", other))
+    ]
+    assert (stages[0] / "model.safetensors").read_bytes() == (stages[1] / "model.safetensors").read_bytes()
 
 
 def test_cross_fitted_candidates_come_from_a_retriever_without_that_user(tmp_path):
     lists = [*([items[0], items[0], *items[2:]] for items in make_lists(4)), *make_lists()]
-    write_data_stage(tmp_path / "data", lists, item_ids())
-    args = {"retriever": "item_knn", "train_positions": 0, **FAST}
-    plain, crossed = (
-        train_retriever(RetrieverArguments(cross_fit=folds, **args), tmp_path / "data", tmp_path / str(folds))
-        for folds in (0, 3)
-    )
+    settings = {"retriever": "item_knn", "train_positions": 0}
+    plain, crossed = (run(tmp_path / str(folds), lists, cross_fit=folds, **settings) for folds in (0, 3))
     tables = [pq.read_table(stage / "candidates.parquet").to_pandas() for stage in (plain, crossed)]
     for split in ("validation", "test"):
         assert tables[0][tables[0]["split"] == split].equals(tables[1][tables[1]["split"] == split])
     rows = [table[table["split"] == "train"].set_index(["user", "position"]).sort_index() for table in tables]
     assert rows[0].index.equals(rows[1].index)
-    sequences = LeaveOneOut.load(tmp_path / "data").sequences
+    sequences = make_data(lists).sequences
     user, position = rows[1].index[-1]
     kept = np.where(np.arange(len(sequences)) % 3 == user % 3, 0, sequences.lengths)
-    alone, _ = fit_retriever("item_knn", RetrieverArguments(**args), sequences.select(kept), titles(), tmp_path)
+    alone = ItemKNN.fit_sequences(sequences.select(kept), titles(), RetrieverArguments())
     expected = alone.score([sequences[user][:position]])[0]
     row = rows[1].loc[(user, position)]
     np.testing.assert_allclose(row["scores"], expected[row["items"].tolist()], rtol=1e-6)
     assert rows[0]["target_rank"].mean() < rows[1]["target_rank"].mean()  # having learned from the target helps
 
 
-def test_nan_loss_stops_with_the_step_and_the_setting(sequences, tmp_path):
-    args = RetrieverArguments(epochs=3, **{**FAST, "learning_rate": 1e30})
+def test_no_folds_without_cross_fit(data):
+    assert cross_fit(RetrieverArguments(), data) == []
+
+
+def test_nan_loss_stops_with_the_step_and_the_setting(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with pytest.raises(ValueError, match=r"at step \d+: lower learning_rate \(it is 1e\+30\)"):
-        fit_retriever("lrurec", args, sequences, [], tmp_path)
+        LRURec.fit(data, epochs=3, **{**FAST, "learning_rate": 1e30})
     assert not list(tmp_path.iterdir())
 
 
-def test_nothing_to_learn_from(tmp_path):
-    sequences = Sequences.from_lists([[1, 2, 3]] * 3, item_ids(3))
+def test_nothing_to_learn_from():
     with pytest.raises(ValueError, match="no user has two items in the train part"):
-        fit_retriever("lrurec", RetrieverArguments(), sequences, [], tmp_path)
-    short = Sequences.from_lists([[1, 2]] * 3, item_ids(3))
+        LRURec.fit(make_data([[1, 2, 3]] * 3))
     with pytest.raises(ValueError, match="no user has a validation target"):
-        fit_retriever("lrurec", RetrieverArguments(), short, [], tmp_path)
+        LRURec.fit(make_data([[1, 2]] * 3))
 
 
 def test_training_rows_label_every_item_but_the_first_once():
@@ -215,7 +220,7 @@ def test_collate_pads_to_the_longest():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"retriever": "nope"}, "retriever must be one of popularity, item_knn, .*; got 'nope'"),
+        ({"retriever": "nope"}, "retriever is 'nope'; it must be one of popularity, item_knn, "),
         ({"cross_fit": 1}, "cross_fit must be 0 or at least 2"),
         ({"hybrid_components": ["lrurec", "hybrid", "magic"]}, "hybrid_components holds hybrid, magic; it may hold"),
         ({"hybrid_components": ["text", "text"]}, "hybrid_components is .*; it must name some retrievers, each once"),

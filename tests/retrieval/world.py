@@ -1,9 +1,10 @@
-"""A small world with an obvious sequential pattern, as sequences and as a finished data stage."""
+"""A small world with an obvious sequential pattern, in memory and as a finished data stage."""
 
 import numpy as np
 import pyarrow as pa
 
 from ulmrec_hf.files import hash_value, write_json, write_table
+from ulmrec_hf.tables import INTERACTIONS, LeaveOneOut
 
 NUM_ITEMS = 30
 
@@ -27,22 +28,35 @@ def titles(count: int = NUM_ITEMS) -> list[str]:
     return [f"{['red', 'green', 'blue'][item % 3]} thing{item // 3}" for item in range(count)]
 
 
-def write_data_stage(folder, lists, ids):
-    """Writes the tables of a data stage that the retrieval stage reads."""
+def make_tables(lists: list[list[int]], ids: list[str]) -> dict[str, pa.Table]:
+    """The tables of these users' items; they have no texts."""
+    sequences = {
+        "user": pa.array(range(len(lists)), pa.int32()),
+        "user_id": [f"user{number:05d}" for number in range(len(lists))],
+        "items": pa.array(lists, pa.list_(pa.int32())),
+    }
+    items = {"item": pa.array(range(1, len(ids) + 1), pa.int32()), "item_id": ids, "title": titles(len(ids))}
+    return {
+        "sequences": pa.table(sequences),
+        "items": pa.table(items),
+        "interactions": INTERACTIONS.empty_table(),
+    }
+
+
+def make_data(lists: list[list[int]], count: int = NUM_ITEMS) -> LeaveOneOut:
+    """Users' items in memory, of a catalogue of `count` items."""
+    return LeaveOneOut(make_tables(lists, item_ids(count)))
+
+
+def with_targets(lists: list[list[int]], count: int = NUM_ITEMS) -> LeaveOneOut:
+    """Data of which these lists are the train part: every user has item 1 as both targets."""
+    return make_data([[*items, 1, 1] for items in lists], count)
+
+
+def write_data_stage(folder, lists) -> LeaveOneOut:
+    """Writes the tables to a finished data stage, and opens it."""
     folder.mkdir(parents=True)
-    write_table(
-        folder / "sequences.parquet",
-        pa.table(
-            {
-                "user": pa.array(range(len(lists)), pa.int32()),
-                "user_id": [f"user{number:05d}" for number in range(len(lists))],
-                "items": pa.array(lists, pa.list_(pa.int32())),
-            }
-        ),
-    )
-    write_table(
-        folder / "items.parquet",
-        pa.table({"item": pa.array(range(1, len(ids) + 1), pa.int32()), "item_id": ids, "title": titles(len(ids))}),
-    )
+    for name, table in make_tables(lists, item_ids()).items():
+        write_table(folder / f"{name}.parquet", table)
     write_json(folder / "stage.json", {"settings": {}, "inputs": {}, "fingerprint": hash_value(lists)})
-    return folder
+    return LeaveOneOut.load(folder)

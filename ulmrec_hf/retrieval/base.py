@@ -181,7 +181,7 @@ class Retriever(ABC):
             )
 
     def known_items(self, histories: Iterable[Sequence[int]]) -> list[np.ndarray]:
-        """Each history as int64, without ids that are not in the catalogue; a warning says how many there were."""
+        """Each history as int64, without ids that are not in the catalogue, which are counted in a warning."""
         arrays, unknown = [], 0
         for history in histories:
             array = np.asarray(history, dtype=np.int64)

@@ -231,8 +231,8 @@ def validation_pools(components: Sequence[Retriever], sequences: Sequences, max_
             [component.log_scores(histories).cpu() for component in components], seen_places(histories)
         )
         is_target = real & (items == torch.tensor([int(row[-HELD_OUT]) for row in lists])[:, None])
-        # A target that no component finds carries no information on the order within the pool. Adding it would teach
-        # that high scores are a bad sign: it would be there despite its scores, all others because of theirs.
+        # A target that no component finds carries no information on the order within the pool. Adding it would make
+        # high scores a bad sign: it would be there despite its scores, all others because of theirs.
         kept = is_target.any(1)
         for name, values in (("features", features), ("real", real), ("target", is_target.int().argmax(1))):
             found[name].append(values[kept])
@@ -249,10 +249,8 @@ def fit_combiner(pools: dict[str, torch.Tensor], network_size: int, seed: int) -
     combiner = Combiner(features.shape[2] // 2, network_size)
     combiner.mean.copy_(features[real].mean(0))
     combiner.scale.copy_(features[real].std(0).clamp(min=1e-6))
-    taught = (
-        torch.arange(len(features)) % _EVALUATE_EVERY > 0 if network_size else torch.ones(len(features), dtype=bool)
-    )
-    _fit_weights(combiner, {name: values[taught] for name, values in pools.items()})
+    train = (torch.arange(len(features)) % _EVALUATE_EVERY > 0) | (network_size == 0)
+    _fit_weights(combiner, {name: values[train] for name, values in pools.items()})
     if not network_size:
         return combiner
     from transformers import Trainer  # takes long to import, and loading needs none
@@ -267,8 +265,8 @@ def fit_combiner(pools: dict[str, torch.Tensor], network_size: int, seed: int) -
         trainer = Trainer(
             combiner,
             training_arguments(args, folder, label_names=["target"], prediction_loss_only=True, use_cpu=True),
-            train_dataset=[row for row, kept in zip(rows, taught.tolist(), strict=True) if kept],
-            eval_dataset=[row for row, kept in zip(rows, taught.tolist(), strict=True) if not kept],
+            train_dataset=[row for row, kept in zip(rows, train.tolist(), strict=True) if kept],
+            eval_dataset=[row for row, kept in zip(rows, train.tolist(), strict=True) if not kept],
         )
         before = trainer.evaluate()["eval_loss"]
         trainer.train()
