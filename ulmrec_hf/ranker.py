@@ -226,12 +226,13 @@ class UserRanker:
         return rows
 
     def prompt(
-        self, user_id: str, history: Sequence[str], candidates: Sequence[str], *, index: UserIndex | None = None
+        self, user_id: str | None, history: Sequence[str], candidates: Sequence[str], *, index: UserIndex | None = None
     ) -> str:
         """The prompt of the next-item task, the same as in tuning.
 
         Args:
-            user_id, history, candidates: see `rank`, also for the errors.
+            user_id: None = somebody without an index.
+            history, candidates: see `rank`, also for the errors.
             index: where this user's index is; by default in the ranker's own map, if at all.
         """
         self._check_candidates(len(candidates))
@@ -303,8 +304,8 @@ class UserRanker:
         )
         return prompt
 
-    def _spell(self, user_id: str) -> str:
-        if self.user_index is None:
+    def _spell(self, user_id: str | None) -> str:
+        if self.user_index is None or user_id is None:
             return ""
         if not isinstance(user_id, str):
             raise ValueError(f"user ids are strings, {str(user_id)!r} say; got {user_id!r}.")

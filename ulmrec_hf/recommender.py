@@ -65,7 +65,7 @@ class Fusion:
 class _Asker:
     """A request with everything looked up."""
 
-    user_id: str
+    user_id: str | None
     history: list[str]  # item ids where they are known, else titles
     items: np.ndarray  # dense ids of the known ones
     index: UserIndex | None  # where theirs is; None without one
@@ -253,7 +253,8 @@ class Recommender:
         index = self.users
         if index is not None and (user_id is None or user_id not in index):
             index = self._index_of_new_user(user_id or _NOBODY, history, request.reviews)
-        return _Asker(user_id or _NOBODY, history, items, index)
+            user_id = _NOBODY if user_id is None and index is not None else user_id
+        return _Asker(user_id, history, items, index)
 
     def _index_of_new_user(self, user_id: str, history: list[str], reviews: Sequence[str]) -> UserIndex | None:
         """A free index from what the indexer reads of a new user; None where there is nothing for it to read."""
