@@ -1,5 +1,6 @@
 """Data of users with a plain taste, made by hand, in memory or as a finished data stage."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,15 @@ WORDS = ("works", "arrived", "box", "today", "nice", "really", "thing", "again",
 
 def write_data_stage(folder: Path, users: int = 60, *, other_held_out: bool = False, **settings) -> Path:
     """Writes `data_tables` of these settings as a data stage."""
-    for name, table in data_tables(users, other_held_out=other_held_out, **settings).items():
+    tables = data_tables(users, other_held_out=other_held_out, **settings)
+    return write_stage(folder, tables, f"made by hand {other_held_out}")
+
+
+def write_stage(folder: Path, tables: Mapping[str, pa.Table], fingerprint: str) -> Path:
+    """Writes tables as a finished data stage."""
+    for name, table in tables.items():
         write_table(folder / f"{name}.parquet", table)
-    write_json(folder / "stage.json", {"settings": {}, "inputs": {}, "fingerprint": f"made by hand {other_held_out}"})
+    write_json(folder / "stage.json", {"settings": {}, "inputs": {}, "fingerprint": fingerprint})
     return folder
 
 

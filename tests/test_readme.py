@@ -1,6 +1,5 @@
 """The documentation's code blocks run, its commands and links exist, and the quickstart shows what README.md says."""
 
-import importlib.util
 import json
 import re
 import subprocess
@@ -8,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.small_run import ROOT, environment
+from tests.small_run import ROOT, environment, load_script
 
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "RESULTS.md"]
@@ -18,10 +17,7 @@ RUN_BY_CI = PAGES[:-1]
 @pytest.fixture(scope="module")
 def blocks():
     """The module .ci/readme.py."""
-    spec = importlib.util.spec_from_file_location("readme", ROOT / ".ci" / "readme.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(ROOT / ".ci" / "readme.py")
 
 
 def name(page) -> str:

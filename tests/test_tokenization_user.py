@@ -5,9 +5,9 @@ import subprocess
 import sys
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
+from tests.byte_bpe import byte_bpe
 from ulmrec_hf.tokenization_user import UserTokenizer
 
 TEXTS = [
@@ -31,17 +31,8 @@ print(json.dumps({"ids": [tokenizer(text)["input_ids"] for text in texts], "size
 
 @pytest.fixture(scope="session")
 def byte_level_base() -> PreTrainedTokenizerFast:
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=["<|end|>"],
-        show_progress=False,
-    )
-    backend.train_from_iterator(["a red tent", "### Answer: history user item", *TEXTS[:1]], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
+    corpus = ["a red tent", "### Answer: history user item", *TEXTS[:1]]
+    return byte_bpe(corpus, vocab_size=400, end="<|end|>")
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,9 @@
 import pytest
 import torch
-from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from tests.byte_bpe import byte_bpe
 from ulmrec_hf.verbalizer import LETTERS, LetterVerbalizer
 
 PROMPT = "### Candidates:\nA. soap\nB. brush\n\n### Response:\n"
@@ -10,12 +11,7 @@ PROMPT = "### Candidates:\nA. soap\nB. brush\n\n### Response:\n"
 
 def byte_level(*merged: str) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer that also holds the `merged` strings as whole tokens."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    trainer = trainers.BpeTrainer(vocab_size=256, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    tokenizer.train_from_iterator([], trainer)
-    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in merged])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    return byte_bpe(added=merged, use_regex=False)
 
 
 def words(*known: str) -> PreTrainedTokenizerFast:

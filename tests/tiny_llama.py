@@ -3,23 +3,14 @@
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tests.byte_bpe import byte_bpe
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE of some 280 tokens, each letter one of them."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(["red soap green tea blue cup"] * 5, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+    return byte_bpe(["red soap green tea blue cup"] * 5)
 
 
 def make_base(folder: Path, *, tied: bool, positions: int = 256) -> Path:

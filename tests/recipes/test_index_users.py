@@ -1,27 +1,19 @@
-import importlib.util
 from pathlib import Path
 
 import pytest
 
-from tests.small_run import launch
+from tests.small_run import launch, load_recipe
 from ulmrec_hf.user_index import UserIndex
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
 
-def load(name):
-    spec = importlib.util.spec_from_file_location(f"{name}_recipe", RECIPES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_both_scripts_run_alone(tmp_path, capsys):
     shared = ["--synthetic_users", "60", "--k_core", "0", "--output_dir", str(tmp_path)]
-    load("extract_preferences").main(shared)
+    load_recipe("extract_preferences").main(shared)
     assert (tmp_path / "preferences" / "preferences.parquet").is_file()
     settings = ["--codebook_size", "8", "--embedding_dim", "16", "--steps", "5", "--autoencoder_steps", "5"]
-    load("index_users").main([*settings, *shared])
+    load_recipe("index_users").main([*settings, *shared])
     assert str(tmp_path / "index" / "user_index.parquet") in capsys.readouterr().out
     assert len(UserIndex.from_parquet(tmp_path / "index" / "user_index.parquet")) == 60
 
@@ -45,7 +37,7 @@ def test_two_processes_make_the_bytes_of_one(tmp_path):
 @pytest.mark.parametrize("path", sorted((RECIPES / "configs" / "indexing").glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_configs_parse(path):
     index, _, stage = (
-        load("index_users").make_parser().parse_args_and_config(["--config", str(path), "--output_dir", "x"])
+        load_recipe("index_users").make_parser().parse_args_and_config(["--config", str(path), "--output_dir", "x"])
     )
     assert (
         index.inputs == {"paper": ["auto"], "mixed": ["titles", "cooccurrence"]}.get(path.stem, [path.stem])
@@ -57,4 +49,4 @@ def test_shipped_configs_parse(path):
 def test_unknown_key(tmp_path):
     (tmp_path / "bad.yaml").write_text("codebok_size: 8\n")
     with pytest.raises(ValueError, match="codebok_size"):
-        load("index_users").main(["--config", str(tmp_path / "bad.yaml"), "--output_dir", str(tmp_path)])
+        load_recipe("index_users").main(["--config", str(tmp_path / "bad.yaml"), "--output_dir", str(tmp_path)])

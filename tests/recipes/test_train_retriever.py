@@ -1,9 +1,9 @@
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 
+from tests.small_run import load_recipe
 from ulmrec_hf.retrieval.arguments import RETRIEVERS
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -12,10 +12,7 @@ CONFIGS = sorted((RECIPES / "configs" / "retrieval").glob("*.yaml"))
 
 @pytest.fixture(scope="module")
 def recipe():
-    spec = importlib.util.spec_from_file_location("train_retriever_recipe", RECIPES / "train_retriever.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_recipe("train_retriever")
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)

@@ -3,7 +3,8 @@
 import numpy as np
 import pyarrow as pa
 
-from ulmrec_hf.files import hash_value, write_json, write_table
+from tests.data_stage import write_stage
+from ulmrec_hf.files import hash_value
 from ulmrec_hf.tables import INTERACTIONS, LeaveOneOut
 
 NUM_ITEMS = 30
@@ -55,8 +56,4 @@ def with_targets(lists: list[list[int]], count: int = NUM_ITEMS) -> LeaveOneOut:
 
 def write_data_stage(folder, lists) -> LeaveOneOut:
     """Writes the tables to a finished data stage, and opens it."""
-    folder.mkdir(parents=True)
-    for name, table in make_tables(lists, item_ids()).items():
-        write_table(folder / f"{name}.parquet", table)
-    write_json(folder / "stage.json", {"settings": {}, "inputs": {}, "fingerprint": hash_value(lists)})
-    return LeaveOneOut.load(folder)
+    return LeaveOneOut.load(write_stage(folder, make_tables(lists, item_ids()), hash_value(lists)))

@@ -1,19 +1,20 @@
 import pytest
 
-from tests.tasks.world import World, byte_tokenizer, make_world
+from tests.byte_bpe import byte_bpe
+from tests.tasks.world import World, make_world
 from ulmrec_hf.tasks.rows import TaskRows
 from ulmrec_hf.tokenization_user import UserTokenizer
 
 
 @pytest.fixture(scope="session")
 def tokenizer() -> UserTokenizer:
-    return UserTokenizer.from_base(byte_tokenizer(), levels=4, codebook_size=8)
+    return UserTokenizer.from_base(byte_bpe(end="<|end|>"), levels=4, codebook_size=8)
 
 
 @pytest.fixture(scope="session")
 def plain_tokenizer() -> UserTokenizer:
     """Without user tokens."""
-    return UserTokenizer.from_base(byte_tokenizer(), levels=0)
+    return UserTokenizer.from_base(byte_bpe(end="<|end|>"), levels=0)
 
 
 @pytest.fixture(scope="session")

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from tests.byte_bpe import byte_bpe
 from ulmrec_hf.tasks.collators import ULMRecCollator, tokenize_rows
 from ulmrec_hf.tokenization_user import UserTokenizer
 
@@ -17,18 +17,9 @@ ROWS = [
 ]
 
 
-def _backend(merges=()) -> Tokenizer:
-    symbols = sorted(pre_tokenizers.ByteLevel.alphabet()) + ["".join(pair) for pair in merges]
-    backend = Tokenizer(models.BPE({symbol: number for number, symbol in enumerate(symbols)}, list(merges)))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    return backend
-
-
 @pytest.fixture(scope="module")
 def tokenizer() -> UserTokenizer:
-    base = PreTrainedTokenizerFast(tokenizer_object=_backend(), eos_token="<|end|>")
-    return UserTokenizer.from_base(base, levels=2, codebook_size=4)
+    return UserTokenizer.from_base(byte_bpe(end="<|end|>", use_regex=False), levels=2, codebook_size=4)
 
 
 @pytest.fixture(scope="module")
@@ -147,21 +138,21 @@ def test_tokenised_rows_give_the_same_batch_as_text(tokenizer):
 
 def test_a_letter_is_the_token_that_it_is_after_the_prompt():
     # here " A" and "A" are two tokens, and so are they in context
-    base = PreTrainedTokenizerFast(tokenizer_object=_backend([("Ġ", "A")]), eos_token="<|end|>")
+    base = byte_bpe(merges=[("Ġ", "A")], end="<|end|>", use_regex=False)
     tokenizer = UserTokenizer.from_base(base, levels=1, codebook_size=2)
     batch = ULMRecCollator(tokenizer)([{"prompt": "is:", "completion": " A"}])
     assert _supervised(batch["labels"]) == [[tokenizer.convert_tokens_to_ids("ĠA"), tokenizer.eos_token_id]]
 
 
 def test_a_completion_that_merges_with_the_prompt_is_refused():
-    base = PreTrainedTokenizerFast(tokenizer_object=_backend([(":", "A")]), eos_token="<|end|>")
+    base = byte_bpe(merges=[(":", "A")], end="<|end|>", use_regex=False)
     tokenizer = UserTokenizer.from_base(base, levels=1, codebook_size=2)
     with pytest.raises(ValueError, match=r"differently when the completion 'A' follows: end the prompt template"):
         ULMRecCollator(tokenizer)([{"prompt": "Answer:", "completion": "A"}])
 
 
 def test_missing_tokens_are_refused():
-    bare = PreTrainedTokenizerFast(tokenizer_object=_backend())
+    bare = byte_bpe(end=None, use_regex=False)
     with pytest.raises(ValueError, match="has no pad token: set pad_token"):
         ULMRecCollator(bare)
     bare.add_special_tokens({"pad_token": "<pad>"})

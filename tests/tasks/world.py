@@ -4,8 +4,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from ulmrec_hf.tables import LeaveOneOut
 from ulmrec_hf.tasks.arguments import TaskArguments
@@ -13,15 +11,6 @@ from ulmrec_hf.tasks.rows import TaskRows
 from ulmrec_hf.user_index import UserIndex
 
 USERS, ITEMS, K = 6, 40, 6
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte: every text is tokenised the same way everywhere, and counts are known."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({symbol: number for number, symbol in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
 
 
 @dataclass
