@@ -26,8 +26,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     index, data, stage = make_parser().parse_args_and_config(argv)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        folder = prepare_data(data, stage.output_dir, overwrite=stage.overwrite)
-        folder = index_users(index, LeaveOneOut.load(folder), stage.output_dir, overwrite=stage.overwrite)
+        prepared = prepare_data(data, stage.output_dir, overwrite=stage.overwrite)
+        folder = index_users(index, LeaveOneOut.load(prepared), stage.output_dir, overwrite=stage.overwrite)
         print(f"User index: {folder / 'user_index.parquet'}")
         return
     import torch
@@ -36,8 +36,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     # All wait while one of them prepares the data.
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=1))
     with state.main_process_first():
-        folder = prepare_data(data, stage.output_dir, overwrite=stage.overwrite)
-    encode_inputs(index, LeaveOneOut.load(folder), stage.output_dir, state, overwrite=stage.overwrite)
+        prepared = prepare_data(data, stage.output_dir, overwrite=stage.overwrite)
+    encode_inputs(index, LeaveOneOut.load(prepared), stage.output_dir, state, overwrite=stage.overwrite)
     is_main = state.is_main_process
     state.destroy_process_group()
     if is_main:
