@@ -18,12 +18,13 @@ from ulmrec_hf.console import quiet_imports
 with quiet_imports():
     from ulmrec_hf.data.arguments import DataArguments
     from ulmrec_hf.indexing.arguments import IndexArguments
-    from ulmrec_hf.main_job import prepare_stages, tune, write_report
+    from ulmrec_hf.main_job import Publisher, make_console, make_tuning, prepare_stages, write_report
     from ulmrec_hf.preferences.arguments import PreferenceArguments
     from ulmrec_hf.retrieval.arguments import RetrieverArguments
     from ulmrec_hf.settings import PipelineArguments, Settings
     from ulmrec_hf.tasks.arguments import TaskArguments
     from ulmrec_hf.trainer import ULMRecTrainingArguments, check_processes
+    from ulmrec_hf.tuning import tune
 
 
 def make_parser() -> TrlParser:
@@ -70,6 +71,13 @@ def parse(argv: list[str] | None = None) -> Settings:
     return settings
 
 
+def tune_run(settings: Settings) -> None:
+    """Tunes and publishes the ranker, and tunes what the report compares it with."""
+    pipeline = settings.pipeline
+    publish = Publisher(settings.folder, settings.tasks, pipeline)
+    tune(make_tuning(settings), pipeline.systems, make_console(settings), publish, overwrite=pipeline.overwrite)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Runs the stages that are not up to date, then prints the results and where everything is."""
     argv = sys.argv[1:] if argv is None else argv
@@ -79,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     if settings.training.process_index == 0:
         run_alone(__file__, [*argv, "--prepare_only", "true"])
-    tune(settings)
+    tune_run(settings)
     if settings.training.process_index == 0:
         write_report(settings)
 

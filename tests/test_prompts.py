@@ -4,7 +4,7 @@ import unicodedata
 
 import pytest
 
-from tests.tasks.world import byte_tokenizer
+from tests.byte_bpe import byte_bpe
 from ulmrec_hf.prompts import (
     clean_titles,
     count_tokens,
@@ -72,14 +72,14 @@ def test_history_and_candidates():
 
 def test_titles_are_cut_and_counted():
     titles = ["one two", None, "\u200b", "<a_3>", "abcdefghij"] * 300  # more than are tokenised at once
-    texts, counts = clean_titles(titles, byte_tokenizer(), 8, [])
+    texts, counts = clean_titles(titles, byte_bpe(end="<|end|>"), 8, [])
     assert texts == ["one two", "(none)", "(none)", "< a_3>", "abcdefgh"] * 300
     assert counts == [7, 6, 6, 6, 8] * 300
-    assert clean_titles([], byte_tokenizer(), 8, []) == ([], [])
+    assert clean_titles([], byte_bpe(end="<|end|>"), 8, []) == ([], [])
 
 
 def test_history_is_dropped_from_its_oldest_end_until_the_prompt_fits():
-    tokenizer, rendered = byte_tokenizer(), []
+    tokenizer, rendered = byte_bpe(end="<|end|>"), []
 
     def render(dropped):
         rendered.append(dropped)

@@ -2,8 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, replace
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ from .indexing.stage import index_users
 from .metrics import mean, per_user_metrics, top_k_ranks
 from .modeling import BaseSource, load_user_tokenizer, resolve_base
 from .preferences.stage import extract_preferences
-from .publishing import BASE, ITEMS_FILE, TEMPLATES_FILE, USER_INDEX_FILE, Published, publish_model
+from .publishing import ITEMS_FILE, TEMPLATES_FILE, USER_INDEX_FILE, Published, publish_model
 from .ranker import RankerSettings
 from .recommender import Fusion, write_parts
 from .results import run_notes, write_run_report
@@ -31,7 +30,7 @@ from .tables import LeaveOneOut, read_table
 from .tasks.records import MIXTURE
 from .tasks.stage import TaskSources, write_task_stage
 from .tasks.templates import PromptTemplates
-from .tuning import Scored, Tuning, tune_system
+from .tuning import Tuning
 from .user_index import KINDS, UserIndex
 from .verbalizer import LetterVerbalizer
 
@@ -131,78 +130,69 @@ def render_tasks(
     )
 
 
-def tune(settings: Settings) -> None:
-    """Tunes and publishes the ranker (`model/`) and the ablations that were asked for (`ablations/`).
-
-    Every process of a distributed run calls this. A killed tuning resumes from its last checkpoint.
-    """
-    run, pipeline, tasks = settings.folder, settings.pipeline, settings.tasks
-    tuning = Tuning(
+def make_tuning(settings: Settings) -> Tuning:
+    """How the systems of a run are tuned."""
+    return Tuning(
+        settings.folder,
         settings.model,
         settings.training,
         make_tokenizer(settings.model, settings.index),
-        tasks.num_candidates,
-        pipeline.save_base,
-        pipeline.validation_users,
-        tasks.task_seed,
+        settings.tasks.num_candidates,
+        settings.pipeline.save_base,
+        settings.pipeline.validation_users,
+        settings.tasks.task_seed,
     )
-    tuning.processes.wait()  # the main process comes here when the earlier stages are done
-    console = make_console(settings)
-    base, overwrite = run / "model" / BASE, pipeline.overwrite
-    rows = {system: Scored(system.name, task_folder(system, run)) for system in (RANKER, *pipeline.systems)}
-    written = ("save_merged", "save_user_map", "fusion_ranker", "fusion_retriever")
-    untuned = [scored for system, scored in rows.items() if not system.tuned]
-    for system in (system for system in rows if system.tuned):
-        folder = model_folder(system, run)
-        with console.stage(system.name, folder) as stage:
-            if system is RANKER:
-                tune_system(
-                    tuning,
-                    folder,
-                    [rows[system], *untuned],
-                    base=base,
-                    settings={name: getattr(pipeline, name) for name in written},
-                    publish=partial(_publish, tuning=tuning, run=run, tasks=tasks, pipeline=pipeline),
-                    overwrite=overwrite,
-                )
-            else:
-                tune_system(tuning, folder, [rows[system]], base=base, overwrite=overwrite)
-            best = _json(folder, "training")["best_metric"]
-            if best is not None:
-                stage.found(f"best validation {settings.training.metric_for_best_model} {best:.3f}")
 
 
-def _publish(
-    model: "PreTrainedModel",
-    folder: Path,
-    source: BaseSource,
-    state: Mapping[str, Any] | None,
-    *,
-    tuning: Tuning,
-    run: Path,
-    tasks: "TaskArguments",
-    pipeline: PipelineArguments,
-) -> None:
-    """Fills a run's `model/` with what `Recommender.from_pretrained` reads."""
-    published = Published(
-        source,
-        asdict(RankerSettings.of(tasks)),
-        merged=pipeline.save_merged,
-        save_base=source.extended,
-        files={
-            USER_INDEX_FILE: run / "index" / "user_index.parquet" if pipeline.save_user_map else None,
-            ITEMS_FILE: run / "data" / "items.parquet",
-            TEMPLATES_FILE: tasks.prompt_templates,
-        },
-    )
-    publish_model(model, tuning.tokenizer, folder, published, state_dict=state)
-    write_parts(
-        folder,
-        LeaveOneOut.load(run / "data") if pipeline.save_user_map else None,
-        load_retriever(run / "retriever"),
-        load_indexer(run / "index" / "indexer"),
-        Fusion(pipeline.fusion_ranker, pipeline.fusion_retriever),
-    )
+@dataclass(frozen=True)
+class Publisher:
+    """Fills a run's `model/` with what `Recommender.from_pretrained` reads.
+
+    Attributes:
+        run: the run's output folder.
+        tasks: how the rows of the tuning were made.
+        pipeline: what is written.
+    """
+
+    run: Path
+    tasks: "TaskArguments"
+    pipeline: PipelineArguments
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides what is written, for the stage."""
+        names = ("save_merged", "save_user_map", "fusion_ranker", "fusion_retriever")
+        return {name: getattr(self.pipeline, name) for name in names}
+
+    def __call__(
+        self,
+        model: "PreTrainedModel",
+        tokenizer: "UserTokenizer",
+        folder: Path,
+        source: BaseSource,
+        state: Mapping[str, Any] | None,
+    ) -> None:
+        """See `ulmrec_hf.tuning.Publish`."""
+        run, pipeline = self.run, self.pipeline
+        published = Published(
+            source,
+            asdict(RankerSettings.of(self.tasks)),
+            merged=pipeline.save_merged,
+            save_base=source.extended,
+            files={
+                USER_INDEX_FILE: run / "index" / "user_index.parquet" if pipeline.save_user_map else None,
+                ITEMS_FILE: run / "data" / "items.parquet",
+                TEMPLATES_FILE: self.tasks.prompt_templates,
+            },
+        )
+        publish_model(model, tokenizer, folder, published, state_dict=state)
+        write_parts(
+            folder,
+            LeaveOneOut.load(run / "data") if pipeline.save_user_map else None,
+            load_retriever(run / "retriever"),
+            load_indexer(run / "index" / "indexer"),
+            Fusion(pipeline.fusion_ranker, pipeline.fusion_retriever),
+        )
 
 
 def write_report(settings: Settings) -> None:

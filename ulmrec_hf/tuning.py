@@ -1,21 +1,25 @@
-"""Tuning one system of a run as a stage: from rendered tasks to a scored model, resumed after a kill."""
+"""Tuning the systems of a run as stages: from rendered tasks to scored models, resumed after a kill."""
 
 import copy
+import json
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 
-from .console import quiet_trainer
+from .console import Console, quiet_trainer
 from .files import atomic_folder, write_json, write_table
 from .modeling import BaseSource, add_adapter, base_is_saved, extend_base, load_model, resolve_base
 from .protocol import SPLITS
+from .publishing import BASE
 from .stages import Processes, run_stage, stage_fingerprint
+from .systems import RANKER, System, model_folder, task_folder
 from .tables import PREDICTIONS
 
 if TYPE_CHECKING:
@@ -59,7 +63,24 @@ TUNING_SETTINGS = (
 EVALUATED = SPLITS[1:]
 # Later log entries (times, speed) are of no use to a reader and differ from run to run.
 _LOGGED = ("step", "epoch", "loss", "learning_rate", "grad_norm", "eval_loss")
-Publish = Callable[["PreTrainedModel", Path, BaseSource, Mapping[str, Any] | None], None]
+
+
+class Publish(Protocol):
+    """What writes the tuned ranker of a run for others to load."""
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """What decides what is written, for the stage."""
+
+    def __call__(
+        self,
+        model: "PreTrainedModel",
+        tokenizer: "UserTokenizer",
+        folder: Path,
+        source: BaseSource,
+        state: Mapping[str, Any] | None,
+    ) -> None:
+        """Writes into `folder`; `source` is where the base is, `state` the weights where they had to be gathered."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +88,7 @@ class Tuning:
     """How every system of a run is tuned.
 
     Attributes:
+        run: the run's output folder.
         model: the base and its adapter.
         training: the Trainer's arguments.
         tokenizer: the base's, with the user tokens of the run.
@@ -76,6 +98,7 @@ class Tuning:
         seed: of the choice of these users.
     """
 
+    run: Path
     model: "ModelConfig"
     training: "ULMRecTrainingArguments"
     tokenizer: "UserTokenizer"
@@ -102,62 +125,49 @@ class Tuning:
         return chosen | {"batch_size": self.training.world_size * math.prod(parts)}
 
 
-@dataclass(frozen=True)
-class Scored:
-    """Rows that a tuned model is scored on: those of a system's tasks."""
-
-    system: str
-    tasks: Path
-
-
-def tune_system(
-    tuning: Tuning,
-    folder: Path,
-    scored: Sequence[Scored],
-    *,
-    base: Path,
-    settings: Mapping[str, Any] | None = None,
-    publish: Publish | None = None,
-    overwrite: bool = False,
+def tune(
+    tuning: Tuning, systems: Sequence[System], console: Console, publish: Publish, *, overwrite: bool = False
 ) -> None:
-    """Makes the stage `folder`: training.json, predictions.parquet, and what `publish` writes.
+    """Tunes the ranker (`model/`) and each of `systems` that is tuned by itself (`ablations/<name>/model/`), as stages.
 
-    Every process of a distributed run calls this. A killed tuning resumes from its last checkpoint.
-
-    Args:
-        tuning: how it is tuned.
-        folder: the stage.
-        scored: the system that is tuned, on its tasks; then others whose evaluation rows its model scores as well.
-        base: where the base with its user tokens lies, or is made if it is to be saved.
-        settings: further settings that decide what is written.
-        publish: writes the model into the stage: (model, folder, where its base is, gathered weights or None).
-        overwrite: make a stage with other settings anew.
+    Each leaves training.json and predictions.parquet; the ranker also scores the rows of the other systems, and is
+    published. Every process of a distributed run calls this. A killed tuning resumes from its last checkpoint.
 
     Raises:
-        ValueError: the stage of another run stands there.
+        ValueError: the stage of another run stands in a folder.
     """
-    own = base.parent == folder  # made with the stage, and published with it
-    names = {"system": scored[0].system, "also_scored": [other.system for other in scored[1:]]}
-    run_stage(
-        folder,
-        tuning.settings() | names | dict(settings or {}),
-        {each.system: stage_fingerprint(each.tasks) for each in scored},
-        lambda partial: _build(tuning, partial, scored, partial / base.name if own else base, publish),
-        overwrite=overwrite,
-        resume=True,
-        processes=tuning.processes,
-    )
+    tuning.processes.wait()  # the main process comes here when the earlier stages are done
+    for system in [RANKER, *(system for system in systems if system.tuned)]:
+        folder, own = model_folder(system, tuning.run), system is RANKER
+        scored = [system, *(other for other in systems if own and not other.tuned)]
+        settings = {"system": system.name, "also_scored": [other.name for other in scored[1:]]}
+        with console.stage(system.name, folder) as stage:
+            run_stage(
+                folder,
+                tuning.settings() | settings | (dict(publish.settings) if own else {}),
+                {each.name: stage_fingerprint(task_folder(each, tuning.run)) for each in scored},
+                partial(_build, tuning, scored, publish if own else None),
+                overwrite=overwrite,
+                resume=True,
+                processes=tuning.processes,
+            )
+            best = json.loads((folder / "training.json").read_text(encoding="utf-8"))["best_metric"]
+            if best is not None:
+                stage.found(f"best validation {tuning.training.metric_for_best_model} {best:.3f}")
 
 
-def _build(tuning: Tuning, folder: Path, scored: Sequence[Scored], base: Path, publish: Publish | None) -> None:
+def _build(tuning: Tuning, scored: Sequence[System], publish: Publish | None, folder: Path) -> None:
+    """Tunes the first of the systems, scores all of them, and fills the stage `folder`."""
     from transformers import set_seed
 
     training = tuning.training
-    source = _prepare_base(tuning, base)
+    # the ranker's stage holds the base that all systems are tuned on
+    source = _prepare_base(tuning, folder / BASE if publish else model_folder(RANKER, tuning.run) / BASE)
+    tasks = {system.name: task_folder(system, tuning.run) for system in scored}
     with training.main_process_first(desc="loading the tasks"):  # the others read its cache
-        rows = {split: _load_rows(scored[0].tasks, split, folder / "cache") for split in SPLITS}
+        rows = {split: _load_rows(tasks[scored[0].name], split, folder / "cache") for split in SPLITS}
         others = {
-            (each.system, split): _load_rows(each.tasks, split, folder / "cache")
+            (each.name, split): _load_rows(tasks[each.name], split, folder / "cache")
             for each in scored[1:]
             for split in EVALUATED
         }
@@ -173,16 +183,16 @@ def _build(tuning: Tuning, folder: Path, scored: Sequence[Scored], base: Path, p
         for entry in trainer.state.log_history
         if "train_runtime" not in entry
     ]
-    evaluated = {(scored[0].system, split): rows[split] for split in EVALUATED} | others
+    evaluated = {(scored[0].name, split): rows[split] for split in EVALUATED} | others
     predictions = [_predictions(trainer, *name, its_rows) for name, its_rows in evaluated.items()]
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     state = trainer.accelerator.get_state_dict(trainer.model) if sharded else None
     if training.process_index == 0:
-        record = {"system": scored[0].system, "best_metric": trainer.state.best_metric, "history": history}
+        record = {"system": scored[0].name, "best_metric": trainer.state.best_metric, "history": history}
         write_json(folder / "training.json", record)
         write_table(folder / "predictions.parquet", pa.concat_tables(predictions))
         if publish is not None:
-            publish(trainer.accelerator.unwrap_model(trainer.model), folder, source, state)
+            publish(trainer.accelerator.unwrap_model(trainer.model), tuning.tokenizer, folder, source, state)
         for work in ("checkpoints", "cache"):
             shutil.rmtree(folder / work, ignore_errors=True)
 

@@ -87,7 +87,7 @@ def test_the_same_command_runs_nothing_again_and_other_settings_are_refused(run_
     finetune.main(["--config", str(small_settings), "--output_dir", str(run_folder), *SMALL])
     assert {path: path.stat().st_mtime_ns for path in (run_folder / "model").rglob("*")} == before
     with pytest.raises(ValueError, match=r"learning_rate was \S+, is 0.5.*--overwrite"):
-        finetune.tune(
+        finetune.tune_run(
             finetune.parse(
                 ["--config", str(small_settings), "--output_dir", str(run_folder), *SMALL, "--learning_rate", "0.5"]
             )

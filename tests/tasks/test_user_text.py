@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 from tokenizers import normalizers
 
-from tests.tasks.world import ITEMS, USERS, byte_tokenizer, make_world, only, section
+from tests.byte_bpe import byte_bpe
+from tests.tasks.world import ITEMS, USERS, make_world, only, section
 from ulmrec_hf.tasks.collators import ULMRecCollator
 from ulmrec_hf.tasks.dataset import write_tasks
 from ulmrec_hf.tasks.records import MIXTURE, TASKS
@@ -65,7 +66,7 @@ def test_text_that_spells_markup_stays_text_with_llama_2(shared):
 
 
 def test_reserved_tokens_of_the_tokenizer_are_broken_up():
-    base = byte_tokenizer()
+    base = byte_bpe(end="<|end|>")
     base.add_tokens(["[gMASK]", "thing 1"])
     llm = UserTokenizer.from_base(base, codebook_size=8)
     rows = make_world(titles={2: "a [gMASK] b"}).rows(llm)
@@ -88,7 +89,7 @@ PLAIN_KINDS = {"text": "0-2-3-7", "number": "2", "id": "u2"}  # how user 2 is sp
 
 @pytest.mark.parametrize("kind", PLAIN_KINDS)
 def test_every_task_is_rendered_with_each_kind(world, rows, plain_tokenizer, kind):
-    assert len(plain_tokenizer) == len(byte_tokenizer())
+    assert len(plain_tokenizer) == len(byte_bpe(end="<|end|>"))
     plain = world.of_kind(kind).rows(plain_tokenizer)
     spelled, tokens = PLAIN_KINDS[kind], "<a_0><b_2><c_3><d_7>"
     for task in TASKS:
@@ -157,7 +158,7 @@ def test_user_ids_that_are_spelled_alike_are_refused_by_name(plain_tokenizer, on
 
 
 def test_user_ids_that_a_tokenizer_folds_are_refused():
-    base = byte_tokenizer()
+    base = byte_bpe(end="<|end|>")
     base.backend_tokenizer.normalizer = normalizers.Lowercase()
     folding = UserTokenizer.from_base(base, levels=0)
     user_ids = ["Ann", "ann", *(f"u{user}" for user in range(2, USERS))]
