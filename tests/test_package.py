@@ -146,7 +146,7 @@ def test_readme_commands_are_taken_from_console_blocks(tmp_path):
     assert run.stdout == "first \\\n    --flag\nsecond\n"
     assert parsed.stdout == "takes hours\n"
     readme.write_text("```console\nno command\n```\n")
-    assert "README line 1" in subprocess.run(command, capture_output=True, text=True).stderr
+    assert "README.md line 1" in subprocess.run(command, capture_output=True, text=True).stderr
 
 
 def test_imports_only_go_down():
