@@ -34,7 +34,8 @@ def test_runs_end_to_end(recipe, tmp_path, capsys):
     ]
     recipe.main(argv)
     printed = capsys.readouterr().out
-    assert {line.split()[0] for line in printed.splitlines() if " overall " in line} == {"popularity", "item_knn"}
+    table = printed[printed.index("System") : printed.index("Hits only:")].splitlines()[2:-1]
+    assert {line.split()[0] for line in table} == {"popularity", "item_knn"}
     assert (tmp_path / "retriever" / "candidates.parquet").is_file()
     rows = json.loads((tmp_path / "report" / "metrics.json").read_text())
     assert {(row["system"], row["split"], row["scope"]) for row in rows} == {
