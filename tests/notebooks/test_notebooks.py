@@ -57,7 +57,7 @@ def test_a_notebook_runs(path, run_notebook):
 def test_the_quickstart_notebook_shows_every_step(run_notebook):
     shown = run_notebook(ROOT / "examples" / "quickstart.ipynb")
     index = r"<a_\d+><b_\d+><c_\d+><d_\d+>"
-    assert "users=400" in text(shown["What goes in"]) and "wrote" in text(shown["What goes in"])
+    assert "users=399" in text(shown["What goes in"]) and "wrote" in text(shown["What goes in"])
     assert re.search(index, text(shown["The index of a user"]))
     prompt = text(shown["One prompt"])
     assert re.search(index, prompt) and "### Candidates:\nA. " in prompt and "\nT. " in prompt
