@@ -3,7 +3,7 @@
     accelerate launch recipes/finetune.py --config recipes/configs/quickstart.yaml
 
 Each stage writes its folder under --output_dir: data/, retriever/, preferences/, index/, model/, report/. The same
-command goes on where it was stopped; what is up to date is not run again.
+command resumes what was stopped; what is up to date is not run again.
 """
 
 import sys

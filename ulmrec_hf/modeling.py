@@ -193,7 +193,7 @@ def add_adapter(
     Args:
         model: what `load_base` returned.
         model_config: the `lora_*` settings are read.
-        tokenizer: tells which rows are the user tokens'.
+        tokenizer: knows which rows are those of user tokens.
         seed: of LoRA's initial weights.
     """
     if not model_config.use_peft:

@@ -55,7 +55,7 @@ def clean_titles(
     """Titles as a prompt shows them: neutralised, cut to `max_tokens` tokens, `(none)` where nothing is left.
 
     Args:
-        tokenizer: a fast one, which tells where tokens begin.
+        tokenizer: a fast one, which knows where tokens begin.
         reserved: what `reserved_tokens(tokenizer)` returned.
 
     Returns:

@@ -191,7 +191,7 @@ class UserRanker:
         """Ranks candidates for a user, best first.
 
         Args:
-            user_id: a user without an index is ranked by history alone; a warning tells so once.
+            user_id: a user without an index is ranked by history alone, which is logged once.
             history: item ids or titles, oldest first; the newest `max_history` are shown.
             candidates: item ids or titles; a string that is no known item id is taken as a title.
             orders: 1 shows the candidates as given; more averages the scores over that many seeded permutations.
