@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .files import hash_value
-from .protocol import HELD_OUT, train_lengths
+from .protocol import train_lengths
 
 INTERACTIONS = pa.schema(
     [
@@ -340,12 +340,6 @@ class LeaveOneOut:
             raise ValueError(f"{self._name}: {name} and items of some user differ in number; prepare the data again.")
         values[np.repeat(known, self.sequences.lengths)] = lists.flatten().to_numpy(zero_copy_only=False)
         return values
-
-
-def held_out(sequences: Sequences) -> np.ndarray:
-    """bool [interactions]: whether each is its user's validation or test target."""
-    ends = np.repeat(sequences.offsets[1:], sequences.lengths)
-    return np.arange(len(sequences.items)) >= ends - HELD_OUT
 
 
 class RowLookup:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..user_index import MAX_CODEBOOK_SIZE, check_indices, pack_codes
+from .lift import prefix_groups
 
 _DISTANCES = 2**22  # computed at once, 16 MB
 _CACHED_NODES = 65_536
@@ -55,10 +56,7 @@ def nearest_codes(vectors: np.ndarray, codebooks: np.ndarray) -> np.ndarray:
 
 def count_collisions(codes: np.ndarray) -> int:
     """How many users share their codes with another user."""
-    groups = np.zeros(len(codes), np.int64)
-    for level in np.asarray(codes).T:  # numbered anew at each level, so that no number of levels is too large
-        groups = np.unique(groups * (int(level.max(initial=0)) + 1) + level, return_inverse=True)[1]
-    counts = np.bincount(groups)
+    counts = np.bincount(prefix_groups(codes)[-1])
     return int(counts[counts > 1].sum())
 
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..files import atomic_path, hash_value, write_json
-from .dataset import ArrayTable
 from .encoder import TextEncoder
 
 if TYPE_CHECKING:
@@ -36,7 +35,7 @@ class Embeddings:
         folder: holds the shards and embeddings.json.
 
     Attributes:
-        dim: length of a vector.
+        shape: how many texts, and the length of a vector.
 
     Raises:
         ValueError: the folder holds no embeddings, or unfinished ones.
@@ -48,13 +47,13 @@ class Embeddings:
         if manifest is None or "texts" not in manifest:
             what = "holds no embeddings" if manifest is None else "holds unfinished embeddings"
             raise ValueError(f"{self._folder} {what}: write them by write_embeddings, which resumes where it stopped.")
-        self.dim, self._length, self._shard_texts = manifest["dim"], manifest["texts"], manifest["shard_texts"]
+        self.shape, self._shard_texts = (manifest["texts"], manifest["dim"]), manifest["shard_texts"]
         self._shards: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
-        return self._length
+        return self.shape[0]
 
-    def rows(self, ids: np.ndarray) -> np.ndarray:
+    def __getitem__(self, ids: np.ndarray) -> np.ndarray:
         """float32 [n, dim]: the embeddings of the texts `ids`, int [n], in that order.
 
         Raises:
@@ -66,7 +65,7 @@ class Embeddings:
             raise IndexError(
                 f"{self._folder} has the texts 0 to {len(self) - 1}; asked for {ids.min()} to {ids.max()}."
             )
-        rows = np.empty((len(ids), self.dim), np.float32)
+        rows = np.empty((len(ids), self.shape[1]), np.float32)
         order = ids.argsort(kind="stable")
         shards, starts = np.unique(ids[order] // self._shard_texts, return_index=True)
         for shard, places in zip(shards.tolist(), np.split(order, starts[1:]), strict=False):
@@ -79,14 +78,14 @@ class Embeddings:
             end = min(begin + self._shard_texts, len(self))
             path = _shard_path(self._folder, begin, end)
             try:
-                self._shards[number] = _map_shard(path, (end - begin, self.dim))[0]
+                self._shards[number] = _map_shard(path, (end - begin, self.shape[1]))[0]
             except (_BrokenShard, FileNotFoundError) as error:
                 raise ValueError(f"{path} cannot be read: {error}. Run write_embeddings again.") from error
         return self._shards[number]
 
 
-def embed_in_memory(encoder: TextEncoder, name: str, texts: Sequence[str]) -> ArrayTable:
-    """What `write_embeddings` writes, in memory: in blocks of a shard each, so that the vectors are equal.
+def embed_in_memory(encoder: TextEncoder, name: str, texts: Sequence[str]) -> np.ndarray:
+    """What `write_embeddings` writes, float32 [texts, dim]: in blocks of a shard each, so that the vectors are equal.
 
     Args:
         name: what the texts are; "user_ids" are encoded as such.
@@ -95,11 +94,8 @@ def embed_in_memory(encoder: TextEncoder, name: str, texts: Sequence[str]) -> Ar
         ValueError: the encoder gave an embedding that is not finite; the message quotes the text.
     """
     blocks = (texts[begin : begin + SHARD_TEXTS] for begin in range(0, len(texts), SHARD_TEXTS))
-    vectors = [
-        np.zeros((0, encoder.dim), np.float32),
-        *(_encode(block, encoder, name == "user_ids") for block in blocks),
-    ]
-    return ArrayTable(np.concatenate(vectors))
+    vectors = [_encode(block, encoder, name == "user_ids") for block in blocks]
+    return np.concatenate([np.zeros((0, encoder.dim), np.float32), *vectors])
 
 
 def write_embeddings(

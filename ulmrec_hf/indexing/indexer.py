@@ -76,7 +76,7 @@ class UserIndexer(Indexer):
     def configure(cls, args: IndexArguments, inputs: InputEncoder, dataset: UserDataset) -> UserIndexerConfig:
         """See `Indexer`."""
         shared = asdict(super().configure(args, inputs, dataset)) | {"code_dim": args.code_dim}
-        user_dim = dataset.user_ids.dim if args.attention else None
+        user_dim = dataset.user_ids.shape[1] if args.attention else None
         return UserIndexerConfig(**shared, preset=args.preset, attention=args.attention, user_dim=user_dim)
 
     @property

@@ -14,7 +14,7 @@ from scipy import sparse
 from ..files import write_json
 from ..protocol import train_lengths
 from ..tables import LeaveOneOut, Sequences, UserTexts
-from .dataset import ArrayTable, Input, Table, UserDataset, unit
+from .dataset import Input, Table, UserDataset, unit
 from .embeddings import embed_in_memory
 from .encoder import TextEncoder, TfidfEncoder, load_encoder
 
@@ -139,16 +139,16 @@ class InputEncoder:
                 inputs.append(Input(embed(self.encoder, name, texts.texts), texts.text_ids, weight))
             elif name == "cooccurrence":
                 rows = np.array([self._rows.get(item, -1) for item in train.item_ids], np.int32)
-                inputs.append(Input(ArrayTable(self.item_vectors), rows[train.sequences.items - 1], weight))
+                inputs.append(Input(self.item_vectors, rows[train.sequences.items - 1], weight))
             else:
                 different, ids = np.unique(train.numbers[name], return_inverse=True)
                 ids = np.where(np.isnan(different[ids]), -1, ids).astype(np.int32)
-                inputs.append(Input(ArrayTable(self.scale(name, different)), ids, weight))
+                inputs.append(Input(self.scale(name, different), ids, weight))
         users = None
         if self.user_ids and self.encoder:
             users = embed(self.encoder, "user_ids", train.user_ids)
         elif self.user_ids:
-            users = ArrayTable(self.encode_user_ids(train.user_ids))
+            users = self.encode_user_ids(train.user_ids)
         return UserDataset(inputs, train.sequences.offsets, users, self.max_reviews)
 
     @property

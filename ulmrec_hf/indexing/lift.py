@@ -227,7 +227,7 @@ def prefix_groups(codes: np.ndarray) -> list[np.ndarray]:
             f"{list(codes.shape)}."
         )
     groups, found = np.zeros(len(codes), np.int64), []
-    for level in codes.T.astype(np.int64):
+    for level in codes.T.astype(np.int64):  # numbered afresh at each level, so that no number of levels is too large
         groups = np.unique(groups * (level.max(initial=0) + 1) + level, return_inverse=True)[1]
         found.append(groups)
     return found
