@@ -1,8 +1,7 @@
 """The main job: raw interactions to an evaluated, loadable recommender, stage by stage under one output folder."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,18 +11,13 @@ from .console import Console
 from .data.readers import check_source
 from .data.stage import prepare_data
 from .figures import number
-from .indexing.base import load_indexer
 from .indexing.stage import index_users
 from .metrics import mean, per_user_metrics, top_k_ranks
-from .modeling import BaseSource, load_user_tokenizer, resolve_base
+from .modeling import load_user_tokenizer, resolve_base
 from .preferences.stage import extract_preferences
-from .publishing import ITEMS_FILE, TEMPLATES_FILE, USER_INDEX_FILE, Published, publish_model
-from .ranker import RankerSettings
-from .recommender import Fusion, write_parts
 from .results import run_notes, write_run_report
-from .retrieval.base import load_retriever
 from .retrieval.stage import train_retriever
-from .settings import PipelineArguments, Settings
+from .settings import Settings
 from .stages import stage_fingerprint
 from .systems import RANKER, System, model_folder, task_folder
 from .tables import LeaveOneOut, read_table
@@ -35,7 +29,6 @@ from .user_index import KINDS, UserIndex
 from .verbalizer import LetterVerbalizer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
     from trl import ModelConfig
 
     from .indexing.arguments import IndexArguments
@@ -142,57 +135,6 @@ def make_tuning(settings: Settings) -> Tuning:
         settings.pipeline.validation_users,
         settings.tasks.task_seed,
     )
-
-
-@dataclass(frozen=True)
-class Publisher:
-    """Fills a run's `model/` with what `Recommender.from_pretrained` reads.
-
-    Attributes:
-        run: the run's output folder.
-        tasks: how the rows of the tuning were made.
-        pipeline: what is written.
-    """
-
-    run: Path
-    tasks: "TaskArguments"
-    pipeline: PipelineArguments
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What decides what is written, for the stage."""
-        names = ("save_merged", "save_user_map", "fusion_ranker", "fusion_retriever")
-        return {name: getattr(self.pipeline, name) for name in names}
-
-    def __call__(
-        self,
-        model: "PreTrainedModel",
-        tokenizer: "UserTokenizer",
-        folder: Path,
-        source: BaseSource,
-        state: Mapping[str, Any] | None,
-    ) -> None:
-        """See `ulmrec_hf.tuning.Publish`."""
-        run, pipeline = self.run, self.pipeline
-        published = Published(
-            source,
-            asdict(RankerSettings.of(self.tasks)),
-            merged=pipeline.save_merged,
-            save_base=source.extended,
-            files={
-                USER_INDEX_FILE: run / "index" / "user_index.parquet" if pipeline.save_user_map else None,
-                ITEMS_FILE: run / "data" / "items.parquet",
-                TEMPLATES_FILE: self.tasks.prompt_templates,
-            },
-        )
-        publish_model(model, tokenizer, folder, published, state_dict=state)
-        write_parts(
-            folder,
-            LeaveOneOut.load(run / "data") if pipeline.save_user_map else None,
-            load_retriever(run / "retriever"),
-            load_indexer(run / "index" / "indexer"),
-            Fusion(pipeline.fusion_ranker, pipeline.fusion_retriever),
-        )
 
 
 def write_report(settings: Settings) -> None:

@@ -93,6 +93,14 @@ def ranks_from_scores(scores: ArrayLike, labels: ArrayLike, valid: ArrayLike | N
     return ranks
 
 
+def pad_scores(lists: Sequence[Sequence[float]]) -> np.ndarray:
+    """Scores of each row's candidates as float32 [rows, most candidates], -inf past a row's own."""
+    scores = np.full((len(lists), max(map(len, lists), default=0)), -np.inf, np.float32)
+    for row, values in zip(scores, lists, strict=True):
+        row[: len(values)] = values
+    return scores
+
+
 def top_k_ranks(ranks: ArrayLike, k: int) -> np.ndarray:
     """Ranks in the whole catalogue (0 = unreachable) as ranks in the top k, float64: past it is a miss, infinity."""
     ranks = np.asarray(ranks, dtype=np.float64)
@@ -236,10 +244,8 @@ def _load_ranking_metrics() -> type["evaluate.Metric"]:
             return super().compute(predictions=predictions, references=references, ks=ks, **kwargs)
 
         def _compute(self, predictions, references, ks: Sequence[int] = KS) -> dict[str, float]:
-            scores = np.full((len(predictions), max(map(len, predictions), default=0)), -np.inf, dtype=np.float32)
-            for row, values in zip(scores, predictions, strict=True):
-                row[: len(values)] = values
-            return ranking_metrics(ranks_from_scores(scores, np.asarray(references, dtype=np.int64)), ks)
+            labels = np.asarray(references, dtype=np.int64)
+            return ranking_metrics(ranks_from_scores(pad_scores(predictions), labels), ks)
 
     RankingMetrics.__qualname__ = "RankingMetrics"
     return RankingMetrics

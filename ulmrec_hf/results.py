@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import ArrayLike
 
-from .metrics import KS, random_order_metrics, ranks_from_scores, top_k_ranks
-from .protocol import MISS, SPLITS
+from .metrics import KS, pad_scores, random_order_metrics, ranks_from_scores, top_k_ranks
+from .protocol import EVALUATED, MISS
 from .report import Report, plot_code_use, plot_training
 from .retrieval.stage import protocol_notes
 from .stages import run_stage, stage_fingerprint
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from .retrieval.arguments import RetrieverArguments
     from .tasks.arguments import TaskArguments
 
-EVALUATED = SPLITS[1:]
 LEAVE_ONE_OUT = "Leave-one-out: the last item of each user is the test target, the one before it the validation target."
 _RETRIEVER_KS = (5, 10, 20)
 # system, split, ranks or metrics of every user, the order in which it saw the candidates
@@ -54,8 +53,8 @@ def write_run_report(
         ranks = _of(candidates, split=split).sort_by("user")["target_rank"]
         entries.append(("retriever", split, top_k_ranks(ranks, k), "retriever"))
         for system in pc.unique(predictions["system"]).to_pylist():
-            rows = _of(predictions, split=split, system=system)
-            entries.append((system, split, _ranks(rows["scores"].to_pylist(), labels[split]), tasks.evaluation_order))
+            scores = pad_scores(_of(predictions, split=split, system=system)["scores"].to_pylist())
+            entries.append((system, split, ranks_from_scores(scores, labels[split]), tasks.evaluation_order))
     report = assemble_report({split: labels[split] != MISS for split in EVALUATED}, k, entries, notes)
 
     def plot(partial: Path) -> None:
@@ -161,10 +160,3 @@ def _of(table: pa.Table, **columns: Any) -> pa.Table:
     for name, value in columns.items():
         table = table.filter(pc.field(name) == value)
     return table
-
-
-def _ranks(lists: Sequence[Sequence[float]], labels: np.ndarray) -> np.ndarray:
-    scores = np.full((len(lists), max(map(len, lists), default=0)), -np.inf, np.float32)
-    for row, values in zip(scores, lists, strict=True):
-        row[: len(values)] = values
-    return ranks_from_scores(scores, labels)

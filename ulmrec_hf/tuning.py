@@ -8,25 +8,31 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
 from .console import Console, quiet_trainer
 from .files import atomic_folder, write_json, write_table
+from .indexing.base import load_indexer
 from .modeling import BaseSource, add_adapter, base_is_saved, extend_base, load_model, resolve_base
-from .protocol import SPLITS
-from .publishing import BASE
+from .protocol import EVALUATED, SPLITS
+from .publishing import BASE, ITEMS_FILE, TEMPLATES_FILE, USER_INDEX_FILE, Published, publish_model
+from .ranker import RankerSettings
+from .recommender import Fusion, write_parts
+from .retrieval.base import load_retriever
+from .settings import PipelineArguments
 from .stages import Processes, run_stage, stage_fingerprint
 from .systems import RANKER, System, model_folder, task_folder
-from .tables import PREDICTIONS
+from .tables import PREDICTIONS, LeaveOneOut
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel
     from trl import ModelConfig
 
+    from .tasks.arguments import TaskArguments
     from .tokenization_user import UserTokenizer
     from .trainer import ULMRecTrainer, ULMRecTrainingArguments
 
@@ -60,17 +66,29 @@ TUNING_SETTINGS = (
     "label_smoothing_factor",
     "neftune_noise_alpha",
 )
-EVALUATED = SPLITS[1:]
 # Later log entries (times, speed) are of no use to a reader and differ from run to run.
 _LOGGED = ("step", "epoch", "loss", "learning_rate", "grad_norm", "eval_loss")
 
 
-class Publish(Protocol):
-    """What writes the tuned ranker of a run for others to load."""
+@dataclass(frozen=True)
+class Publisher:
+    """Fills a run's `model/` with what `Recommender.from_pretrained` reads.
+
+    Attributes:
+        run: the run's output folder.
+        tasks: how the rows of the tuning were made.
+        pipeline: what is written.
+    """
+
+    run: Path
+    tasks: "TaskArguments"
+    pipeline: PipelineArguments
 
     @property
-    def settings(self) -> Mapping[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """What decides what is written, for the stage."""
+        names = ("save_merged", "save_user_map", "fusion_ranker", "fusion_retriever")
+        return {name: getattr(self.pipeline, name) for name in names}
 
     def __call__(
         self,
@@ -81,6 +99,26 @@ class Publish(Protocol):
         state: Mapping[str, Any] | None,
     ) -> None:
         """Writes into `folder`; `source` is where the base is, `state` the weights where they had to be gathered."""
+        run, pipeline = self.run, self.pipeline
+        published = Published(
+            source,
+            asdict(RankerSettings.of(self.tasks)),
+            merged=pipeline.save_merged,
+            save_base=source.extended,
+            files={
+                USER_INDEX_FILE: run / "index" / "user_index.parquet" if pipeline.save_user_map else None,
+                ITEMS_FILE: run / "data" / "items.parquet",
+                TEMPLATES_FILE: self.tasks.prompt_templates,
+            },
+        )
+        publish_model(model, tokenizer, folder, published, state_dict=state)
+        write_parts(
+            folder,
+            LeaveOneOut.load(run / "data") if pipeline.save_user_map else None,
+            load_retriever(run / "retriever"),
+            load_indexer(run / "index" / "indexer"),
+            Fusion(pipeline.fusion_ranker, pipeline.fusion_retriever),
+        )
 
 
 @dataclass(frozen=True)
@@ -126,7 +164,7 @@ class Tuning:
 
 
 def tune(
-    tuning: Tuning, systems: Sequence[System], console: Console, publish: Publish, *, overwrite: bool = False
+    tuning: Tuning, systems: Sequence[System], console: Console, publish: Publisher, *, overwrite: bool = False
 ) -> None:
     """Tunes the ranker (`model/`) and each of `systems` that is tuned by itself (`ablations/<name>/model/`), as stages.
 
@@ -144,7 +182,7 @@ def tune(
         with console.stage(system.name, folder) as stage:
             run_stage(
                 folder,
-                tuning.settings() | settings | (dict(publish.settings) if own else {}),
+                tuning.settings() | settings | (publish.settings if own else {}),
                 {each.name: stage_fingerprint(task_folder(each, tuning.run)) for each in scored},
                 partial(_build, tuning, scored, publish if own else None),
                 overwrite=overwrite,
@@ -156,7 +194,7 @@ def tune(
                 stage.found(f"best validation {tuning.training.metric_for_best_model} {best:.3f}")
 
 
-def _build(tuning: Tuning, scored: Sequence[System], publish: Publish | None, folder: Path) -> None:
+def _build(tuning: Tuning, scored: Sequence[System], publish: Publisher | None, folder: Path) -> None:
     """Tunes the first of the systems, scores all of them, and fills the stage `folder`."""
     from transformers import set_seed
 

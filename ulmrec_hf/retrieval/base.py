@@ -15,7 +15,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 from transformers import PreTrainedConfig
 
-from ..protocol import SPLITS, target_positions
+from ..protocol import EVALUATED, SPLITS, target_positions
 from ..tables import CANDIDATES, LeaveOneOut, Sequences
 from .arguments import RETRIEVERS, STAGE_SETTINGS, RetrieverArguments
 from .candidates import candidate_tables, rank_table, retrieve, search
@@ -161,7 +161,7 @@ class Retriever(ABC):
         tables = candidate_tables({split: [self] for split in SPLITS}, data.sequences, k, train_positions)
         return pa.concat_tables([CANDIDATES.empty_table(), *tables])
 
-    def ranks(self, data: LeaveOneOut, splits: Sequence[str] = ("validation", "test")) -> pa.Table:
+    def ranks(self, data: LeaveOneOut, splits: Sequence[str] = EVALUATED) -> pa.Table:
         """The rank of every target in the catalogue without its history, with the schema `tables.RANKS`.
 
         Ranks start at 1 = best; 0 = the target is in the history, and so cannot be retrieved.

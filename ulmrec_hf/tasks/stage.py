@@ -23,9 +23,6 @@ if TYPE_CHECKING:
 
     from ..user_index import UserIndex
 
-CANDIDATE_COLUMNS = ("user", "split", "position", "items")
-PREFERENCE_COLUMNS = ("user", "position", "preference")
-
 
 @dataclass(frozen=True)
 class TaskSources:
@@ -48,9 +45,14 @@ class TaskSources:
     @classmethod
     def of_run(cls, run: Path, data: LeaveOneOut, user_index: "UserIndex | None", tokenizer: Any) -> Self:
         """Those of a run's output folder; each table is read once for all systems that share these sources."""
-        candidates = partial(read_table, run / "retriever" / "candidates.parquet", CANDIDATE_COLUMNS)
-        preferences = partial(read_table, run / "preferences" / "preferences.parquet", PREFERENCE_COLUMNS)
-        return cls(data, cache(candidates), cache(preferences), user_index, tokenizer)
+        candidates, preferences = run / "retriever" / "candidates.parquet", run / "preferences" / "preferences.parquet"
+        return cls(
+            data,
+            cache(partial(read_table, candidates, ("user", "split", "position", "items"))),
+            cache(partial(read_table, preferences, ("user", "position", "preference"))),
+            user_index,
+            tokenizer,
+        )
 
     def rows(self, args: TaskArguments) -> TaskRows:
         """Reads the tables; ValueError where one is missing, see also `TaskRows`."""
