@@ -141,12 +141,8 @@ def write_report(settings: Settings) -> None:
     """Writes `report/` from what the stages left, and prints its table and where everything is."""
     run, console = settings.folder, make_console(settings)
     tuned = [RANKER, *(system for system in settings.pipeline.systems if system.tuned)]
-    notes = run_notes(
-        settings.retriever,
-        settings.tasks,
-        evidence=settings.preferences.evidence,
-        index_kind=settings.index.index_kind,
-    )
+    evidence, kind = settings.preferences.evidence, settings.index.index_kind
+    notes = run_notes(settings.retriever, settings.tasks, evidence=evidence, index_kind=kind)
     with console.stage("report", run / "report"):
         models = [model_folder(system, run) for system in tuned]
         table = write_run_report(run, models, tasks=settings.tasks, notes=notes)

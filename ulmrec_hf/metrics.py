@@ -155,8 +155,7 @@ def bootstrap_interval(
 
     Args:
         values: float [users], or [users, metrics] for several metrics on the same draws.
-        seed: of the draws.
-        samples: how many draws.
+        seed, samples: of the draws, and how many.
         level: the share of the draws inside the interval.
 
     Returns:
@@ -188,8 +187,7 @@ def paired_bootstrap(
     """The mean of `a - b` over the same users, with its bootstrap interval: (difference, low, high).
 
     Args:
-        a: float [users] or [users, metrics], of one system.
-        b: the same of another system, in the same order of users.
+        a, b: float [users] or [users, metrics], in the same order of users.
         seed, samples, level: see `bootstrap_interval`.
     """
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)

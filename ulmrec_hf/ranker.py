@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from .tasks.dataset import AlignmentTasks
 
 logger = logging.getLogger(__name__)
-TASK = "next_item"
 
 
 @dataclass(frozen=True)
@@ -191,7 +190,7 @@ class UserRanker:
         """Ranks candidates for a user, best first.
 
         Args:
-            user_id: a user without an index is ranked by history alone; a warning tells so once.
+            user_id: a user without an index is ranked by history alone, with a warning the first time.
             history: item ids or titles, oldest first; the newest `max_history` are shown.
             candidates: item ids or titles; a string that is no known item id is taken as a title.
             orders: 1 shows the candidates as given; more averages the scores over that many seeded permutations.
@@ -231,7 +230,7 @@ class UserRanker:
         """The prompt of the next-item task, the same as in tuning.
 
         Args:
-            user_id: None = somebody without an index.
+            user_id: None = a user without an index.
             history, candidates: see `rank`, also for the errors.
             index: where this user's index is; by default in the ranker's own map, if at all.
         """
@@ -262,7 +261,7 @@ class UserRanker:
     def scores(self, prompts: Sequence[str], num_candidates: int, *, batch_size: int = 8) -> np.ndarray:
         """Letter logits float32 [prompts, num_candidates], in the order of the letters.
 
-        Prompts of like length share a batch; each is one forward pass, of which the last position alone is read.
+        Prompts of similar length share a batch, which is one forward pass; only its last position is read.
         """
         self._check_candidates(num_candidates)
         if batch_size < 1:
@@ -295,20 +294,14 @@ class UserRanker:
         return self._verbalizer.scores(logits).cpu().numpy()
 
     def _render(self, user: str, history: Sequence[str], candidates: Sequence[str]) -> str:
-        prompt, _ = self.templates.render(
-            TASK,
-            user=user,
-            history=render_history(history),
-            candidates=render_candidates(candidates),
-            letter="",
-        )
-        return prompt
+        fields = {"history": render_history(history), "candidates": render_candidates(candidates)}
+        return self.templates.render("next_item", user=user, letter="", **fields)[0]
 
     def _spell(self, user_id: str | None) -> str:
         if self.user_index is None or user_id is None:
             return ""
         if not isinstance(user_id, str):
-            raise ValueError(f"user ids are strings, {str(user_id)!r} say; got {user_id!r}.")
+            raise ValueError(f"user ids are strings, {str(user_id)!r} for example; got {user_id!r}.")
         if user_id in self.user_index:
             return spell_user(self.user_index, user_id, self._reserved)
         if not self._warned_of_unknown:

@@ -126,8 +126,9 @@ class Report:
         for a, b in pairs:
             splits = [split for split in self.in_candidates if {(a, split), (b, split)} <= self._values.keys()]
             if not splits:
-                known = sorted({system for system, _ in self._values})
-                raise ValueError(f"cannot compare {a!r} with {b!r}: no split holds both. The report has {known}.")
+                raise ValueError(
+                    f"cannot compare {a!r} with {b!r}: no split holds both. The report has {sorted(self.systems)}."
+                )
             for split in splits:
                 for scope in SCOPES:
                     users = self._users(split, scope)
@@ -236,11 +237,7 @@ def plot_metrics(
     split: str = "test",
     highlight: str = "ulmrec",
 ) -> None:
-    """Bars of one metric with their intervals, a panel for each scope, a bar for each system, in the rows' order.
-
-    Args:
-        highlight: the system that stands out; the others are grey.
-    """
+    """Bars of one metric with their intervals: a panel for each scope, a bar for each system, `highlight` in blue."""
     rows = [row for row in rows if row["split"] == split and row[metric] is not None]
     systems = list(dict.fromkeys(row["system"] for row in rows))
 
@@ -252,7 +249,7 @@ def plot_metrics(
                 if system not in chosen:
                     continue
                 value, low, high = (chosen[system][name] for name in (metric, f"{metric}_low", f"{metric}_high"))
-                # Rounding can put the mean of equal values a hair outside their interval.
+                # Rounding can put the mean of equal values just outside of their interval.
                 error = [[max(0.0, value - low)], [max(0.0, high - value)]]
                 color = BLUE if system == highlight else GREY
                 axes.barh(place, value, xerr=error, color=color, height=0.66, error_kw={"lw": 1.2, "capsize": 3})
@@ -301,11 +298,7 @@ def plot_training(path: str | os.PathLike, runs: Mapping[str, Sequence[Mapping[s
 
 
 def plot_code_use(path: str | os.PathLike, codes: ArrayLike, codebook_size: int) -> None:
-    """How many users each code has, a panel for each level, most used first, beside an even use.
-
-    Args:
-        codes: int [users, levels], each in [0, codebook_size).
-    """
+    """How many users have each of `codes`, int [users, levels] in [0, codebook_size): a panel for each level."""
     codes = np.asarray(codes, dtype=np.int64)
     if codes.ndim != 2 or not 0 <= codes.min(initial=0) <= codes.max(initial=0) < codebook_size:
         raise ValueError(f"codes must be [users, levels] in 0 to {codebook_size - 1}; got shape {codes.shape}.")
@@ -331,7 +324,7 @@ def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[f
 
 
 def _plain(value: float) -> float | None:
-    # Six decimals: far below any interval, and the same whatever the order in which a machine adds.
+    # Six decimals: far below any interval, and independent of the order in which a machine adds.
     return None if math.isnan(value) else round(float(value), 6) + 0.0
 
 

@@ -29,9 +29,7 @@ _RETRIEVER_KS = (5, 10, 20)
 Entry = tuple[str, str, ArrayLike | Mapping[str, ArrayLike], str]
 
 
-def write_run_report(
-    folder: Path, models: Sequence[Path], *, tasks: "TaskArguments", notes: Sequence[str], name: str = "report"
-) -> str:
+def write_run_report(folder: Path, models: Sequence[Path], *, tasks: "TaskArguments", notes: Sequence[str]) -> str:
     """Writes the stage `report/` of the main job; returns a table for the terminal.
 
     Args:
@@ -39,7 +37,6 @@ def write_run_report(
         models: the stages of the tuned systems, that of the ranker first.
         tasks: how the rows were made.
         notes: sentences about the protocol.
-        name: of the stage's folder.
     """
     predictions = pa.concat_tables(read_table(model / "predictions.parquet") for model in models)
     k, own = tasks.num_candidates, predictions.filter(pc.field("system") == RANKER.name)
@@ -66,7 +63,7 @@ def write_run_report(
     stages = [folder / "retriever", folder / "index", folder / "data" / "tasks", *models]
     inputs = {stage.relative_to(folder).as_posix(): stage_fingerprint(stage) for stage in stages}
     pairs = [pair for pair in COMPARED if set(pair) <= report.systems]
-    return _write_stage(report, folder / name, {"notes": notes}, inputs, pairs, plot)
+    return _write_stage(report, folder / "report", {"notes": notes}, inputs, pairs, plot)
 
 
 def write_retriever_report(stage: Path, folder: Path, args: "RetrieverArguments") -> str:
@@ -86,7 +83,6 @@ def write_ranker_report(folder: Path, split: str, scores: np.ndarray, labels: np
     """Writes metrics of one model's scores into `folder`; returns a table for the terminal.
 
     Args:
-        folder: where to write.
         split: the split that was scored.
         scores: float32 [users, candidates], -inf past a user's own candidates.
         labels: int [users], the target's place, -1 = a miss.

@@ -117,7 +117,7 @@ def run_stage(
     if stage_is_current(folder, settings, inputs, overwrite=overwrite):
         logger.info("%s is up to date", folder)
         return folder
-    processes.wait()  # nobody may begin to write before all have looked
+    processes.wait()  # no process may write before all have looked
     if processes.is_main:
         begin_stage(folder, settings, inputs, resume=resume)
     processes.wait()
@@ -147,7 +147,7 @@ def begin_stage(
         logger.warning("%s is begun anew: %s", partial, error)
         begun = None
     if not resume or begun != record:
-        shutil.rmtree(partial, ignore_errors=True)  # what lies there belongs to other settings
+        shutil.rmtree(partial, ignore_errors=True)  # its content belongs to other settings
         partial.mkdir(parents=True)
         write_json(partial / RECORD, record)
 

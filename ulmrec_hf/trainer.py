@@ -87,12 +87,10 @@ class ULMRecTrainer(Trainer):
 
     Args:
         model: the language model, with or without an adapter.
-        args: the settings.
         train_dataset: rows with prompt and completion (the config `mixture`), or None.
         eval_dataset: rows with prompt, label and candidates (the config `next_item`), or None.
         processing_class: the tokenizer.
         verbalizer: which token each letter is; by default read off the first row that is evaluated.
-        kwargs: handed on to Trainer.
     """
 
     def __init__(
@@ -187,8 +185,8 @@ class ULMRecTrainer(Trainer):
         return optimizer
 
     def _get_eval_sampler(self, eval_dataset: "Dataset") -> torch.utils.data.Sampler | None:
-        # Trainer would reshuffle evaluation rows when training batches are grouped by length, and `rank` could not tell
-        # whose scores are whose. They are sorted by length already.
+        # Trainer would reshuffle evaluation rows when training batches are grouped by length, and `rank` would return
+        # them in another order. They are sorted by length already.
         return torch.utils.data.SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:

@@ -68,7 +68,7 @@ def pack_codes(codes: np.ndarray, codebook_size: int) -> np.ndarray:
 
 
 def check_indices(levels: int, codebook_size: int) -> None:
-    """Raises a ValueError where an index is no number below 2^62, see `pack_codes`."""
+    """Raises ValueError where an index is not a number below 2^62, see `pack_codes`."""
     if codebook_size**levels > 2**62:
         raise ValueError(
             f"{levels} levels of {codebook_size} codes are more than 2^62 indices: lower levels or codebook_size."
@@ -109,7 +109,7 @@ class UserIndex:
         codebook_size: codes per level, at most 65,536.
         kind: what `spell` writes, one of `KINDS`: `codes`, user tokens; `text`, the same codes as plain text; `number`,
             the user's row in the map; `id`, the user id, unchanged (see `ulmrec_hf.prompts.spell_user`).
-        numbers: the row whose number and id each user bears: its own, but in a shuffled map.
+        numbers: the row whose number and id each user has: its own, except in a shuffled map.
 
     Raises:
         ValueError: two users share an id or a row of codes (the first such pair is named), a code is out of range,

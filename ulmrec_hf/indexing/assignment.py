@@ -34,14 +34,11 @@ class Assignment:
 
 
 def nearest_codes(vectors: np.ndarray, codebooks: np.ndarray) -> np.ndarray:
-    """The nearest code at each level to what the levels before left over, ignoring other users.
+    """The nearest code at each level to the residual of the levels before, ignoring other users: int64 [users, levels].
 
     Args:
         vectors: float32 [users, dim].
         codebooks: float32 [levels, codebook_size, dim].
-
-    Returns:
-        int64 [users, levels].
     """
     codes = np.empty((len(vectors), len(codebooks)), np.int64)
     chunk = max(1, _DISTANCES // codebooks.shape[1])

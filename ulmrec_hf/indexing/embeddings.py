@@ -26,13 +26,7 @@ _METADATA = "ulmrec_hf"
 
 
 class Embeddings:
-    """The embeddings of texts in a folder that `write_embeddings` filled, never in memory as a whole.
-
-    The shards are mapped into memory when their rows are first asked for; the system loads the pages that are read,
-    and may drop them again.
-
-    Args:
-        folder: holds the shards and embeddings.json.
+    """The embeddings of texts in a folder that `write_embeddings` filled; shards are mapped into memory on demand.
 
     Attributes:
         shape: how many texts, and the length of a vector.
@@ -89,9 +83,6 @@ def embed_in_memory(encoder: TextEncoder, name: str, texts: Sequence[str]) -> np
 
     Args:
         name: what the texts are; "user_ids" are encoded as such.
-
-    Raises:
-        ValueError: the encoder gave an embedding that is not finite; the message quotes the text.
     """
     blocks = (texts[begin : begin + SHARD_TEXTS] for begin in range(0, len(texts), SHARD_TEXTS))
     vectors = [_encode(block, encoder, name == "user_ids") for block in blocks]
@@ -109,10 +100,9 @@ def write_embeddings(
 ) -> Embeddings:
     """Encodes texts into shards of a folder, by all processes of `accelerate` together, and opens the result.
 
-    Shard i is made by process i modulo their number, and a shard that an earlier, killed run left whole is kept. A
-    batch never crosses a shard, so the files have the same bytes whatever was killed and however many processes there
-    are, on one kind of machine with one number of threads each. Float32 is written: rounded to float16, which would
-    halve the files, two or three of 1,429 users had other codes of the same indexer.
+    Shard i is made by process i modulo their number, and whole shards of an earlier, killed run are kept. A batch never
+    crosses a shard, so that on one kind of machine, with one number of threads, equal texts give equal bytes. Float32
+    is written: rounded to float16, which would halve the files, two or three of 1,429 users had other codes.
 
     Args:
         folder: all processes see it. `embeddings.json` there says what the shards are.
@@ -123,8 +113,8 @@ def write_embeddings(
         state: the processes; those of the launcher by default.
 
     Raises:
-        ValueError: the encoder gave an embedding that is not finite, the message quotes the text; or the folder holds
-            the embeddings of another encoder, of other settings or of other texts, the message names the file.
+        ValueError: an embedding is not finite; or the folder holds embeddings of another encoder, other settings or
+            other texts.
     """
     import torch
     from accelerate import PartialState

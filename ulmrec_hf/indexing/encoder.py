@@ -50,7 +50,7 @@ class TextEncoder(ABC):
     weights: str
 
     def fit(self, texts: Sequence[str]) -> "TextEncoder":
-        """Learns from texts of the train part whatever the encoder has to learn; nothing by default."""
+        """Learns from texts of the train part; nothing by default."""
         return self
 
     @abstractmethod
@@ -152,24 +152,20 @@ class TfidfEncoder(TextEncoder):
 class PretrainedEncoder(TextEncoder):
     """A sentence-transformers or BERT model, by hub id or folder, or the packaged model by its name.
 
-    The vectors are those of `SentenceTransformer.encode`, made faster: the texts are tokenized once, batches are filled
-    by tokens, and `fit` turns to bfloat16 where that is safe (measured in benchmarks/encoding_speed.py). A vector
-    depends on the texts it is batched with by less than 1e-5 in float32, by up to about 1e-3 in bfloat16.
-
-    A text is read up to the model's maximum of tokens, and of a very long one no more than 32 characters for each of
-    them are looked at. The empty text has the vector that the model gives it; zeros where it makes no token of it.
+    The vectors are those of `SentenceTransformer.encode`, made faster: texts are tokenized once, batches are filled by
+    tokens, and `fit` turns to bfloat16 where that is safe (benchmarks/encoding_speed.py). The texts of its batch change
+    a vector by less than 1e-5 in float32, by up to about 1e-3 in bfloat16. A text is read up to the model's maximum of
+    tokens, and at most 32 characters for each of them. A text without tokens has zeros.
 
     Args:
         name: hub id, folder, or the packaged model's name.
         pooling: "cls", "mean" or "max" of the token embeddings, or "auto": what the model names, else the mean.
-        precision: "float32" or "bfloat16", the precision of the matrix products; see `fit`. A model that is stored in
-            another precision than float32 is computed in its own.
-        batch_tokens: how many tokens a batch holds, padding included; None: 2,048 on a CPU (1,024 to
-            2,048 are fastest there, of 256 to 4,096), else 65,536.
+        precision: "float32" or "bfloat16", of the matrix products; see `fit`. A model stored in another precision than
+            float32 keeps its own.
+        batch_tokens: tokens of a batch, padding included; None: 2,048 on a CPU (fastest of 256 to 4,096), else 65,536.
 
     Raises:
-        ValueError: the packaged model is not installed, the model cannot be loaded, or the pooling is unknown or not
-            to be had of it.
+        ValueError: the packaged model is not installed, the model cannot be loaded, or does not offer this pooling.
     """
 
     def __init__(self, name: str, pooling: str = "auto", precision: str = "float32", batch_tokens: int | None = None):

@@ -70,7 +70,7 @@ class TrainPart:
                     raise ValueError(f"inputs holds {name}, but {where} has none in its train part: leave it out.")
                 numbers[name] = values
             by_name[name] = weight
-        texts = dict(sorted(texts.items()))  # an encoder is fitted on them in the same order, whatever that of names
+        texts = dict(sorted(texts.items()))  # so that the order of names does not change what an encoder is fitted on
         return cls(by_name, texts, numbers, data.user_ids, data.item_ids, data.sequences.select(kept))
 
 
@@ -112,13 +112,7 @@ class InputEncoder:
         max_reviews: int = 50,
         user_ids: bool = False,
     ) -> Self:
-        """Fits all but the text encoder on the train part.
-
-        Args:
-            encoder: of reviews and titles, fitted; None without either.
-            cooccurrence_dim: length of an item's vector by co-occurrence, at most.
-            max_reviews, user_ids: see the class.
-        """
+        """Fits all but the text encoder on the train part; an item's vector has at most `cooccurrence_dim` numbers."""
         ranges = {name: [float(np.nanmin(part)), float(np.nanmax(part))] for name, part in train.numbers.items()}
         if "cooccurrence" not in train.weights:
             return cls(train.weights, encoder, ranges=ranges, max_reviews=max_reviews, user_ids=user_ids)

@@ -94,7 +94,7 @@ def neighbour_lift(
 ) -> dict[str, Any]:
     """The lift of the pairs (user, each of its k nearest users by cosine): what an index is compared with.
 
-    The search is exact. A user whose vector is zero has no neighbours and is nobody's.
+    The search is exact. A user whose vector is zero has no neighbours and is not a neighbour.
 
     Args:
         vectors: float [users, dim].
@@ -148,11 +148,8 @@ def rating_agreement(codes: np.ndarray, users: np.ndarray, items: np.ndarray, ra
         that of any two users, so that below 1 is agreement and None is unknown; `pairs`, how many triples it is from.
     """
     known = ~np.isnan(ratings)
-    users, items, ratings = (
-        users[known][::-1].astype(np.int64),
-        items[known][::-1].astype(np.int64),
-        ratings[known][::-1],
-    )
+    users, items = (ids[known][::-1].astype(np.int64) for ids in (users, items))
+    ratings = ratings[known][::-1]
     width = int(items.max(initial=0)) + 1
     first = np.unique(users * width + items, return_index=True)[1]
     users, items, ratings = users[first], items[first], ratings[first].astype(np.float64)
@@ -188,7 +185,7 @@ def word_weights(users: UserTexts) -> tuple[sparse.csr_matrix, list[str]]:
 
 
 def top_words(weights: sparse.csr_matrix) -> sparse.csr_matrix:
-    """The five highest values of each row, ties by column; what `word_weights` gives, say."""
+    """The five highest values of each row, ties by column."""
     rows = np.repeat(np.arange(weights.shape[0]), np.diff(weights.indptr))
     order = np.lexsort((weights.indices, -weights.data, rows))
     best = order[np.arange(len(order)) - weights.indptr[rows] < TOP_WORDS]

@@ -1,4 +1,4 @@
-"""The indexing stage: the train part -> embeddings -> indexer -> unique user index, and what it is worth."""
+"""The indexing stage: the train part -> embeddings -> indexer -> unique user index and its quality."""
 
 import logging
 import os
@@ -33,8 +33,8 @@ def index_users(
     """Makes the stage `output_dir/index` from a data stage, in one process; returns its folder.
 
     It holds user_index.parquet, indexer/ (the `Indexer` with all it needs to index new users) and what
-    `write_quality_report` writes. Only the train part of each user is read, but for the lift of held-out items in the
-    report. A killed run resumes with the embeddings it has, or that `encode_inputs` made.
+    `write_quality_report` writes. Only train parts are read, except for the lift of held-out items in the report. A
+    killed run resumes with the embeddings it has, or that `encode_inputs` made.
 
     Raises:
         ValueError: an unfinished data stage, an input that it does not have, embeddings that are not finite, a codebook
@@ -67,7 +67,7 @@ def encode_inputs(
     """
     folder, settings, inputs = _stage(args, data, output_dir)
     current = stage_is_current(folder, settings, inputs, overwrite=overwrite)
-    state.wait_for_everyone()  # nobody may begin to write before all have looked
+    state.wait_for_everyone()  # no process may write before all have looked
     if current:
         return
     if state.is_main_process:
@@ -100,7 +100,7 @@ def _save_encoder(args: IndexArguments, texts: Mapping[str, UserTexts], shards: 
             return
         except (ValueError, KeyError, OSError, SafetensorError) as error:
             why = error
-    encoder = fit_encoder(args, texts)  # where its model is out of reach, this fails before anything is lost
+    encoder = fit_encoder(args, texts)  # where its model cannot be loaded, this fails before anything is lost
     if why is not None:
         logger.warning("The embeddings so far are dropped. %s", why)
         shutil.rmtree(shards)

@@ -41,8 +41,8 @@ class Retriever(ABC):
     """Scores the whole catalogue for given histories.
 
     A subclass sets `config_class`, whose `model_type` is its name in `RETRIEVERS`, and implements `fit_sequences`,
-    `score`, `save_pretrained` and `from_pretrained`. With the base `CountingRetriever` the first two are enough, with
-    `NeuralRetriever` only `encode`.
+    `score`, `save_pretrained` and `from_pretrained`; of a `CountingRetriever` the first two, of a `NeuralRetriever`
+    only `encode`.
 
     Attributes:
         components: the retrievers that this one combines.
@@ -120,10 +120,8 @@ class Retriever(ABC):
     def top(self, histories: Iterable[Sequence[int]], k: int = 20) -> tuple[np.ndarray, np.ndarray]:
         """The k best items for each history, none of which is in it; of tied items the lower id comes first.
 
-        The histories of one split's rows, all of them and in the order of the candidates table, give that table's items
-        and scores to the last bit. Histories are scored in batches of similar length, and the composition of a batch
-        may change the last bits of a neural retriever's scores; so for another selection of histories, scores agree up
-        to rounding, and items up to the order of those whose scores are that close.
+        Histories are scored in batches of similar length, and what shares a batch may change the last bits of a neural
+        retriever's scores: all rows of a split, in order, give exactly its candidates, a selection up to rounding.
 
         Args:
             histories: as for `score`, except that all known items are excluded, not just the newest `max_history`.
@@ -135,14 +133,14 @@ class Retriever(ABC):
         Raises:
             ValueError: k is below 1, or the scores are NaN.
         """
-        return search(self, self.known_items(histories), _at_least("k", k, 1))[:2]
+        _check_at_least("k", k, 1)
+        return search(self, self.known_items(histories), k)[:2]
 
     def candidates(self, data: LeaveOneOut, k: int = 20, train_positions: int = 5) -> pa.Table:
         """The top k of the train positions, validation and test, with the schema `tables.CANDIDATES`.
 
-        Only the history before a row's position is read. Weights and counts come from the whole train part, however,
-        so the lists of training positions are better than those of unseen users: the retriever was trained on those
-        very targets (the setting `cross_fit` of the stage avoids that).
+        Only the history before a row's position is read, but the retriever was trained on the targets of the training
+        positions, so that their lists are better than those of unseen users (`cross_fit` of the stage avoids that).
 
         Args:
             data: of the same catalogue as the data it was fitted on.
@@ -156,8 +154,8 @@ class Retriever(ABC):
         Raises:
             ValueError: k below 1, train_positions below 0, data of another catalogue, or scores that are NaN.
         """
-        _at_least("k", k, 1)
-        _at_least("train_positions", train_positions, 0)
+        _check_at_least("k", k, 1)
+        _check_at_least("train_positions", train_positions, 0)
         tables = candidate_tables({split: [self] for split in SPLITS}, data.sequences, k, train_positions)
         return pa.concat_tables([CANDIDATES.empty_table(), *tables])
 
@@ -226,10 +224,9 @@ class CountingRetriever(Retriever):
 
 
 def load_retriever(folder: str | os.PathLike, *, catalogue: str | None = None) -> Retriever:
-    """Loads a saved retriever; the `model_type` in its config.json names its class in `RETRIEVERS`.
+    """Loads what `save_pretrained` or the retrieval stage wrote.
 
     Args:
-        folder: what `save_pretrained` or the retrieval stage wrote.
         catalogue: the hash of the catalogue it must belong to (`Sequences.catalogue`); None does not check.
 
     Raises:
@@ -245,7 +242,6 @@ def load_retriever(folder: str | os.PathLike, *, catalogue: str | None = None) -
     return retriever
 
 
-def _at_least(name: str, value: int, lowest: int) -> int:
+def _check_at_least(name: str, value: int, lowest: int) -> None:
     if value < lowest:
         raise ValueError(f"{name} must be at least {lowest}; got {value}.")
-    return value

@@ -48,8 +48,8 @@ class HybridConfig(RetrieverConfig):
 class Combiner(nn.Module):
     """One score from each retriever's score of an item: a weighted sum of log-scores, plus a small network.
 
-    The weighted sum is a product of experts. The network can express what no sum can, such as that an item ranked first
-    by two retrievers is better than either score implies. Its output starts at zero.
+    The weighted sum is a product of experts. The network, whose output starts at zero, can express what no sum can,
+    such as that an item ranked first by two retrievers is better than either score implies.
 
     Args:
         components: how many retrievers there are.
@@ -115,7 +115,7 @@ class Hybrid(Retriever):
         Args:
             components: retrievers of different names, fitted on the train part alone.
             sequences: whole sequences; of each user the train part and the validation target are read.
-            max_users: it is fitted on at most this many users, evenly spread.
+            max_users: how many users it is fitted on at most, evenly spread.
             seed: of the network.
 
         Raises:

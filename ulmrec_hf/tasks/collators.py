@@ -90,9 +90,6 @@ class ULMRecCollator:
     An evaluation batch holds `labels` [batch], the target's place among the candidates (-1 = a miss), and
     `num_candidates` [batch]. All are int64.
 
-    Args:
-        tokenizer: gives the pad token.
-
     Raises:
         ValueError: the tokenizer has no pad token.
     """

@@ -113,11 +113,7 @@ class AlignmentTasks(Mapping[str, datasets.DatasetDict]):
 
 @dataclass
 class TaskConfig(datasets.BuilderConfig):
-    """One config of the dataset: a task, or the mixture of all.
-
-    Attributes:
-        rows: renders the rows.
-    """
+    """One config of the dataset: a task, or the mixture of all, rendered by `rows`."""
 
     rows: TaskRows | None = None
 
@@ -152,8 +148,6 @@ def write_tasks(
     `datasets.load_dataset(folder, "next_item")` reads it, without this package. Equal input gives equal bytes.
 
     Args:
-        rows: renders the rows.
-        folder: where to write.
         configs: tasks' names and `mixture`; all by default.
 
     Returns:

@@ -54,8 +54,6 @@ class TaskRows:
     ratings of the train part alone.
 
     Args:
-        args: the settings.
-        data: the users' items, titles and ratings.
         candidates: user, split, position, items list<int32> (the retriever's order); see `tables.CANDIDATES`.
         preferences: user, position, preference; see `tables.PREFERENCES`.
         user_index: spells a user id; None leaves the place of the user index empty in all rows.
@@ -63,7 +61,6 @@ class TaskRows:
 
     Attributes:
         tasks: the records of the tasks by name.
-        templates: their templates.
         skipped: how many rows were left out, by task and split, of those asked for.
 
     Raises:
@@ -157,12 +154,7 @@ class TaskRows:
         }
 
     def rows(self, config: str, split: str) -> Iterator[dict[str, Any]]:
-        """The rows of a config's split, one after the other.
-
-        Args:
-            config: a task or `mixture`, whose validation and test rows are those of `next_item`.
-            split: one of `splits(config)`.
-        """
+        """The rows of a task or of `mixture`, whose validation and test rows are those of `next_item`."""
         if config == MIXTURE and split == "train":
             names = list(self.tasks)
             for number, user, position in self._mixture_keys().tolist():

@@ -68,18 +68,11 @@ def write_task_stage(
     configs: Sequence[str] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Makes the stage `folder` of task rows unless it is there already.
+    """Makes the stage `folder` of task rows, see `write_tasks`, unless it is there already; returns the folder.
 
     Args:
-        args: the settings.
-        folder: see `write_tasks` for what it then holds.
-        sources: what the rows are made from; its tables are read only if the stage is to be made.
         inputs: fingerprints of data, candidates, preferences and user index. Tokenizer, tasks and templates are added.
         configs: tasks' names and `mixture`; all by default.
-        overwrite: make a stage with other settings or inputs anew instead of refusing.
-
-    Returns:
-        The folder.
 
     Raises:
         ValueError: the folder holds a stage with other settings or inputs; see also `write_tasks`.
