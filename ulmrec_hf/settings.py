@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from .stages import check_types
+from .stages import check_types, setting
 from .systems import ABLATIONS, System
 
 if TYPE_CHECKING:
@@ -26,13 +26,9 @@ class PipelineArguments:
         ValueError: a setting has a value that cannot be used; the message names the setting.
     """
 
-    retriever_config: str | None = field(default=None, metadata={"help": "YAML of the retriever; default: LRURec."})
-    preference_config: str | None = field(
-        default=None, metadata={"help": "YAML of the preference extraction; default: key phrases."}
-    )
-    index_config: str | None = field(
-        default=None, metadata={"help": "YAML of the user indexing; default: its defaults."}
-    )
+    retriever_config: str | None = setting(None, "YAML of the retriever; default: LRURec.")
+    preference_config: str | None = setting(None, "YAML of the preference extraction; default: key phrases.")
+    index_config: str | None = setting(None, "YAML of the user indexing; default: its defaults.")
     ablations: list[str] = field(
         default_factory=list,
         metadata={
@@ -41,32 +37,18 @@ class PipelineArguments:
             + "."
         },
     )
-    validation_users: int = field(
-        default=0, metadata={"help": "Users whose validation chooses the best model while tuning; 0 = all."}
+    validation_users: int = setting(0, "Users whose validation chooses the best model while tuning; 0 = all.")
+    save_merged: bool = setting(False, "Also write model/merged, the adapter merged into its base.")
+    save_base: bool | None = setting(
+        None, "Write model/base, the base with user tokens. Default: yes for a folder, no for a hub id."
     )
-    save_merged: bool = field(
-        default=False, metadata={"help": "Also write model/merged, the adapter merged into its base."}
+    save_user_map: bool = setting(
+        True, "Put the users' ids with their indices and histories beside the model; ids are personal data."
     )
-    save_base: bool | None = field(
-        default=None,
-        metadata={"help": "Write model/base, the base with user tokens. Default: yes for a folder, no for a hub id."},
-    )
-    save_user_map: bool = field(
-        default=True,
-        metadata={
-            "help": "Put the users' ids with their indices and histories beside the model; ids are personal data."
-        },
-    )
-    fusion_ranker: float = field(
-        default=1.0, metadata={"help": "Weight of the ranker's log-probabilities in a recommendation's score."}
-    )
-    fusion_retriever: float = field(
-        default=0.0, metadata={"help": "Weight of the retriever's log-probabilities in a recommendation's score."}
-    )
-    prepare_only: bool = field(default=False, metadata={"help": "Stop before the tuning."})
-    overwrite: bool = field(
-        default=False, metadata={"help": "Run again what was made with other settings, instead of refusing."}
-    )
+    fusion_ranker: float = setting(1.0, "Weight of the ranker's log-probabilities in a recommendation's score.")
+    fusion_retriever: float = setting(0.0, "Weight of the retriever's log-probabilities in a recommendation's score.")
+    prepare_only: bool = setting(False, "Stop before the tuning.")
+    overwrite: bool = setting(False, "Run again what was made with other settings, instead of refusing.")
 
     def __post_init__(self):
         check_types(self)

@@ -5,7 +5,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args
@@ -42,6 +42,11 @@ def stage_fingerprint(folder: str | os.PathLike) -> str:
     if not record.is_file():
         raise ValueError(f"{folder} is not a finished stage: {RECORD} is missing there. Run the earlier stage first.")
     return _read_record(record)["fingerprint"]
+
+
+def setting(default: Any, help: str, **metadata: Any) -> Any:
+    """A dataclass field as `transformers.HfArgumentParser` reads it; `metadata` may hold `choices`."""
+    return field(default=default, metadata={"help": help, **metadata})
 
 
 def check_types(settings: Any) -> None:

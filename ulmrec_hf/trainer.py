@@ -11,6 +11,7 @@ from transformers import EvalPrediction, Trainer, TrainingArguments
 from .metrics import RankingMetrics
 from .protocol import MISS
 from .ranker import UserRanker
+from .stages import setting
 from .tasks.collators import ULMRecCollator, tokenize_rows
 from .verbalizer import LetterVerbalizer
 
@@ -30,36 +31,27 @@ class ULMRecTrainingArguments(TrainingArguments):
     waiting processes (ddp_timeout) of a day, since all wait while one of them runs the earlier stages.
     """
 
-    learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of the adapter (or the model)."})
-    user_token_learning_rate: float | None = field(
-        default=None,
-        metadata={
-            "help": "Peak learning rate of the user tokens' rows, which start from nothing; default: learning_rate."
-        },
+    learning_rate: float = setting(1e-4, "Peak learning rate of the adapter (or the model).")
+    user_token_learning_rate: float | None = setting(
+        None, "Peak learning rate of the user tokens' rows, which start from nothing; default: learning_rate."
     )
-    num_train_epochs: float = field(default=1.0, metadata={"help": "How often the mixture is gone through."})
-    eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: no, steps or epoch."})
-    eval_steps: float | None = field(default=100, metadata={"help": "Evaluate every so many steps."})
-    save_strategy: str = field(
-        default="steps", metadata={"help": "When to write a checkpoint: no, steps, epoch, best."}
-    )
-    save_steps: float = field(default=100, metadata={"help": "Write a checkpoint every so many steps."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept while tuning."})
-    load_best_model_at_end: bool = field(default=True, metadata={"help": "Keep the model that did best in validation."})
-    metric_for_best_model: str | None = field(default="ndcg@10", metadata={"help": "What decides which model is best."})
-    greater_is_better: bool | None = field(default=True, metadata={"help": "Whether a larger metric is better."})
-    train_sampling_strategy: str = field(
-        default="group_by_length", metadata={"help": "How batches are made; group_by_length pads least."}
-    )
-    logging_steps: float = field(default=10, metadata={"help": "Log the loss every so many steps."})
+    num_train_epochs: float = setting(1.0, "How often the mixture is gone through.")
+    eval_strategy: str = setting("steps", "When to evaluate: no, steps or epoch.")
+    eval_steps: float | None = setting(100, "Evaluate every so many steps.")
+    save_strategy: str = setting("steps", "When to write a checkpoint: no, steps, epoch, best.")
+    save_steps: float = setting(100, "Write a checkpoint every so many steps.")
+    save_total_limit: int | None = setting(2, "Checkpoints kept while tuning.")
+    load_best_model_at_end: bool = setting(True, "Keep the model that did best in validation.")
+    metric_for_best_model: str | None = setting("ndcg@10", "What decides which model is best.")
+    greater_is_better: bool | None = setting(True, "Whether a larger metric is better.")
+    train_sampling_strategy: str = setting("group_by_length", "How batches are made; group_by_length pads least.")
+    logging_steps: float = setting(10, "Log the loss every so many steps.")
     # HfArgumentParser reads this order of the types only
     report_to: None | str | list[str] = field(  # noqa: RUF036
         default="none", metadata={"help": "Experiment tracker, such as wandb."}
     )
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Must stay false: the collator needs them all."}
-    )
-    ddp_timeout: int = field(default=86_400, metadata={"help": "Seconds that a process waits for the others."})
+    remove_unused_columns: bool = setting(False, "Must stay false: the collator needs them all.")
+    ddp_timeout: int = setting(86_400, "Seconds that a process waits for the others.")
 
 
 def check_processes(args: TrainingArguments) -> None:
