@@ -3,14 +3,16 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow.compute as pc
+from trl import ModelConfig
 
 from .console import Console
 from .data.readers import check_source
 from .data.stage import prepare_data
 from .figures import number
+from .indexing.arguments import IndexArguments
 from .indexing.stage import index_users
 from .metrics import mean, per_user_metrics, top_k_ranks
 from .modeling import load_user_tokenizer, resolve_base
@@ -21,19 +23,14 @@ from .settings import Settings
 from .stages import stage_fingerprint
 from .systems import RANKER, System, model_folder, task_folder
 from .tables import LeaveOneOut, read_table
+from .tasks.arguments import TaskArguments
 from .tasks.records import MIXTURE
 from .tasks.stage import TaskSources, write_task_stage
 from .tasks.templates import PromptTemplates
+from .tokenization_user import UserTokenizer
 from .tuning import Tuning
 from .user_index import KINDS, UserIndex
 from .verbalizer import LetterVerbalizer
-
-if TYPE_CHECKING:
-    from trl import ModelConfig
-
-    from .indexing.arguments import IndexArguments
-    from .tasks.arguments import TaskArguments
-    from .tokenization_user import UserTokenizer
 
 
 def make_console(settings: Settings) -> Console:
@@ -89,7 +86,7 @@ def _retriever_recall(folder: Path, k: int) -> str:
     return f"Recall@{k} {mean(per_user_metrics(top_k_ranks(ranks, k), [k])[f'recall@{k}']):.3f} (validation)"
 
 
-def make_tokenizer(model: "ModelConfig", index: "IndexArguments") -> "UserTokenizer":
+def make_tokenizer(model: ModelConfig, index: IndexArguments) -> UserTokenizer:
     """The base's tokenizer with a run's user tokens, of which an index in plain text has none."""
     # unused rows would cost memory and, where they are outputs, probability
     levels = index.levels if KINDS[index.index_kind].adds_tokens else 0
@@ -98,7 +95,7 @@ def make_tokenizer(model: "ModelConfig", index: "IndexArguments") -> "UserTokeni
     )
 
 
-def check_letters(tasks: "TaskArguments", tokenizer: "UserTokenizer") -> None:
+def check_letters(tasks: TaskArguments, tokenizer: UserTokenizer) -> None:
     """Raises ValueError where the base's letters are no single tokens: known before anything long is run."""
     fields = dict.fromkeys(("user", "history", "candidates", "letter"), "")
     prompt, _ = PromptTemplates.from_yaml(tasks.prompt_templates).render("next_item", **fields)
@@ -106,7 +103,7 @@ def check_letters(tasks: "TaskArguments", tokenizer: "UserTokenizer") -> None:
 
 
 def render_tasks(
-    system: System, tasks: "TaskArguments", sources: TaskSources, run: Path, *, overwrite: bool = False
+    system: System, tasks: TaskArguments, sources: TaskSources, run: Path, *, overwrite: bool = False
 ) -> Path:
     """Renders the tasks of a system of a run as a stage, from the run's sources; returns its folder."""
     configs = None  # all of them

@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from .user_index import KINDS
+from .user_index import KINDS, UserIndex
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from trl import ModelConfig
 
     from .tokenization_user import UserTokenizer
-    from .user_index import UserIndex
 
 EMBEDDED_BASE = "embedded"  # the small Llama that comes with the package
 
@@ -82,7 +81,7 @@ def resolve_base(name_or_path: str) -> str:
 
 
 def load_base(
-    name_or_path: str, users: "UserIndex | None" = None, *, seed: int = 0, **settings: Any
+    name_or_path: str, users: UserIndex | None = None, *, seed: int = 0, **settings: Any
 ) -> "tuple[PeftModel | PreTrainedModel, UserTokenizer]":
     """A base that knows the user tokens, with an adapter to tune, and its tokenizer.
 

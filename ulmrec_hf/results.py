@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,15 +13,13 @@ from numpy.typing import ArrayLike
 from .metrics import KS, pad_scores, random_order_metrics, ranks_from_scores, top_k_ranks
 from .protocol import EVALUATED, MISS
 from .report import Report, plot_code_use, plot_training
+from .retrieval.arguments import RetrieverArguments
 from .retrieval.stage import protocol_notes
 from .stages import run_stage, stage_fingerprint
 from .systems import COMPARED, RANKER
 from .tables import read_table
+from .tasks.arguments import TaskArguments
 from .user_index import KINDS, UserIndex
-
-if TYPE_CHECKING:
-    from .retrieval.arguments import RetrieverArguments
-    from .tasks.arguments import TaskArguments
 
 LEAVE_ONE_OUT = "Leave-one-out: the last item of each user is the test target, the one before it the validation target."
 _RETRIEVER_KS = (5, 10, 20)
@@ -29,7 +27,7 @@ _RETRIEVER_KS = (5, 10, 20)
 Entry = tuple[str, str, ArrayLike | Mapping[str, ArrayLike], str]
 
 
-def write_run_report(folder: Path, models: Sequence[Path], *, tasks: "TaskArguments", notes: Sequence[str]) -> str:
+def write_run_report(folder: Path, models: Sequence[Path], *, tasks: TaskArguments, notes: Sequence[str]) -> str:
     """Writes the stage `report/` of the main job; returns a table for the terminal.
 
     Args:
@@ -66,7 +64,7 @@ def write_run_report(folder: Path, models: Sequence[Path], *, tasks: "TaskArgume
     return _write_stage(report, folder / "report", {"notes": notes}, inputs, pairs, plot)
 
 
-def write_retriever_report(stage: Path, folder: Path, args: "RetrieverArguments") -> str:
+def write_retriever_report(stage: Path, folder: Path, args: RetrieverArguments) -> str:
     """Writes the stage `folder`, the report of a retrieval stage; returns a table for the terminal."""
     entries = [entry for split in EVALUATED for entry in _own_order(stage, split, args.num_candidates)]
     found = {split: np.isfinite(ranks) for system, split, ranks, _ in entries if system == args.retriever}
@@ -108,7 +106,7 @@ def assemble_report(
     return report
 
 
-def run_notes(retriever: "RetrieverArguments", tasks: "TaskArguments", *, evidence: str, index_kind: str) -> list[str]:
+def run_notes(retriever: RetrieverArguments, tasks: TaskArguments, *, evidence: str, index_kind: str) -> list[str]:
     """What the report of a run must say of its protocol."""
     return [
         LEAVE_ONE_OUT,

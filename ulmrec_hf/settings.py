@@ -2,20 +2,18 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+from trl import ModelConfig
+
+from .data.arguments import DataArguments
+from .indexing.arguments import IndexArguments
+from .preferences.arguments import PreferenceArguments
+from .retrieval.arguments import RetrieverArguments
 from .stages import check_types, setting
 from .systems import ABLATIONS, System
-
-if TYPE_CHECKING:
-    from trl import ModelConfig
-
-    from .data.arguments import DataArguments
-    from .indexing.arguments import IndexArguments
-    from .preferences.arguments import PreferenceArguments
-    from .retrieval.arguments import RetrieverArguments
-    from .tasks.arguments import TaskArguments
-    from .trainer import ULMRecTrainingArguments
+from .tasks.arguments import TaskArguments
+from .trainer import ULMRecTrainingArguments
 
 
 @dataclass
@@ -67,14 +65,14 @@ class PipelineArguments:
 class Settings(NamedTuple):
     """All settings of a run."""
 
-    data: "DataArguments"
-    retriever: "RetrieverArguments"
-    preferences: "PreferenceArguments"
-    index: "IndexArguments"
-    tasks: "TaskArguments"
+    data: DataArguments
+    retriever: RetrieverArguments
+    preferences: PreferenceArguments
+    index: IndexArguments
+    tasks: TaskArguments
     pipeline: PipelineArguments
-    model: "ModelConfig"
-    training: "ULMRecTrainingArguments"
+    model: ModelConfig
+    training: ULMRecTrainingArguments
 
     @property
     def folder(self) -> Path:

@@ -8,10 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from accelerate import PartialState
+from datasets import Dataset
+from transformers import PreTrainedModel, set_seed
+from trl import ModelConfig
 
 from .console import Console, quiet_trainer
 from .files import atomic_folder, write_json, write_table
@@ -26,15 +30,10 @@ from .settings import PipelineArguments
 from .stages import Processes, run_stage, stage_fingerprint
 from .systems import RANKER, System, model_folder, task_folder
 from .tables import PREDICTIONS, LeaveOneOut
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from transformers import PreTrainedModel
-    from trl import ModelConfig
-
-    from .tasks.arguments import TaskArguments
-    from .tokenization_user import UserTokenizer
-    from .trainer import ULMRecTrainer, ULMRecTrainingArguments
+from .tasks.arguments import TaskArguments
+from .tokenization_user import UserTokenizer
+from .trainer import ULMRecTrainer, ULMRecTrainingArguments
+from .verbalizer import LetterVerbalizer
 
 # Settings that decide what a tuned model is; the others (logging, workers, devices) may differ when a run is resumed.
 TUNING_SETTINGS = (
@@ -81,7 +80,7 @@ class Publisher:
     """
 
     run: Path
-    tasks: "TaskArguments"
+    tasks: TaskArguments
     pipeline: PipelineArguments
 
     @property
@@ -92,8 +91,8 @@ class Publisher:
 
     def __call__(
         self,
-        model: "PreTrainedModel",
-        tokenizer: "UserTokenizer",
+        model: PreTrainedModel,
+        tokenizer: UserTokenizer,
         folder: Path,
         source: BaseSource,
         state: Mapping[str, Any] | None,
@@ -137,9 +136,9 @@ class Tuning:
     """
 
     run: Path
-    model: "ModelConfig"
-    training: "ULMRecTrainingArguments"
-    tokenizer: "UserTokenizer"
+    model: ModelConfig
+    training: ULMRecTrainingArguments
+    tokenizer: UserTokenizer
     num_candidates: int
     save_base: bool | None = None
     validation_users: int = 0
@@ -148,8 +147,6 @@ class Tuning:
     @property
     def processes(self) -> Processes:
         """The processes that tune together."""
-        from accelerate import PartialState
-
         training = self.training
         several = training.world_size > 1
         return Processes(training.process_index == 0, PartialState().wait_for_everyone if several else lambda: None)
@@ -196,8 +193,6 @@ def tune(
 
 def _build(tuning: Tuning, scored: Sequence[System], publish: Publisher | None, folder: Path) -> None:
     """Tunes the first of the systems, scores all of them, and fills the stage `folder`."""
-    from transformers import set_seed
-
     training = tuning.training
     # the ranker's stage holds the base that all systems are tuned on
     source = _prepare_base(tuning, folder / BASE if publish else model_folder(RANKER, tuning.run) / BASE)
@@ -248,12 +243,7 @@ def _prepare_base(tuning: Tuning, folder: Path) -> BaseSource:
     return BaseSource(str(folder), extended=True, seed=seed)
 
 
-def _make_trainer(
-    tuning: Tuning, model: "PreTrainedModel", folder: Path, rows: Mapping[str, "Dataset"]
-) -> "ULMRecTrainer":
-    from .trainer import ULMRecTrainer
-    from .verbalizer import LetterVerbalizer
-
+def _make_trainer(tuning: Tuning, model: PreTrainedModel, folder: Path, rows: Mapping[str, Dataset]) -> ULMRecTrainer:
     args = copy.copy(tuning.training)
     args.output_dir = str(folder)
     validation = rows["validation"]
@@ -278,15 +268,13 @@ def last_checkpoint(folder: Path) -> str | None:
     return str(max(found, key=lambda path: int(path.name.rpartition("-")[2]))) if found else None
 
 
-def _load_rows(tasks: Path, split: str, cache: Path) -> "Dataset":
+def _load_rows(tasks: Path, split: str, cache: Path) -> Dataset:
     """Training rows of the mixture, evaluation rows of next_item."""
-    from datasets import Dataset
-
     folder = tasks / ("mixture" if split == "train" else "next_item")
     return Dataset.from_parquet([str(path) for path in sorted(folder.glob(f"{split}-*.parquet"))], cache_dir=str(cache))
 
 
-def _predictions(trainer: "ULMRecTrainer", system: str, split: str, rows: "Dataset") -> pa.Table:
+def _predictions(trainer: ULMRecTrainer, system: str, split: str, rows: Dataset) -> pa.Table:
     scores = trainer.rank(rows)
     counts = [len(candidates) for candidates in rows["candidates"]]
     columns = {

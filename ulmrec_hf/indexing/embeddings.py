@@ -7,15 +7,16 @@ import logging
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
+from accelerate import PartialState
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from ..files import atomic_path, hash_value, write_json
 from .encoder import TextEncoder
-
-if TYPE_CHECKING:
-    from accelerate import PartialState
 
 logger = logging.getLogger(__name__)
 MANIFEST = "embeddings.json"
@@ -96,7 +97,7 @@ def write_embeddings(
     *,
     user_ids: bool = False,
     shard_texts: int = SHARD_TEXTS,
-    state: "PartialState | None" = None,
+    state: PartialState | None = None,
 ) -> Embeddings:
     """Encodes texts into shards of a folder, by all processes of `accelerate` together, and opens the result.
 
@@ -116,9 +117,6 @@ def write_embeddings(
         ValueError: an embedding is not finite; or the folder holds embeddings of another encoder, other settings or
             other texts.
     """
-    import torch
-    from accelerate import PartialState
-
     # without `cpu`, processes launched on a machine that has nothing else would not know of each other
     state = state or PartialState(cpu=not torch.accelerator.is_available())
     folder = Path(folder)
@@ -161,8 +159,6 @@ def _encode(texts: Sequence[str], encoder: TextEncoder, user_ids: bool) -> np.nd
 
 
 def _write_shard(path: Path, texts: list[str], encoder: TextEncoder, user_ids: bool, source: str) -> None:
-    from safetensors.numpy import save_file
-
     vectors = _encode(texts, encoder, user_ids)
     stored = json.dumps({"source": source, "sha256": _hash(vectors)})
     with atomic_path(path) as partial:
@@ -198,9 +194,6 @@ class _BrokenShard(Exception):
 
 def _map_shard(path: Path, shape: tuple[int, int]) -> tuple[np.ndarray, dict[str, str]]:
     """The numbers of a shard, mapped into memory, and what is stored about them."""
-    import torch
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(path, framework="pt") as file:  # torch's tensors are mapped, numpy's would be copies
             stored, vectors = json.loads((file.metadata() or {})[_METADATA]), file.get_tensor(_TENSOR)

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from safetensors.numpy import load_file, save_file
 
 from ..files import hash_value, write_json
 from ..sentence_encoder import load_sentence_encoder
@@ -19,7 +21,6 @@ from ..tables import UserTexts
 from .arguments import POOLINGS, IndexArguments
 
 if TYPE_CHECKING:
-    import torch
     from sentence_transformers import SentenceTransformer
 
 logger = logging.getLogger(__name__)
@@ -120,8 +121,6 @@ class TfidfEncoder(TextEncoder):
         return normalize(hashing.transform(user_ids) @ _id_projection(self.dim)).astype(np.float32)
 
     def save(self, folder: str | os.PathLike) -> None:
-        from safetensors.numpy import save_file
-
         super().save(folder)
         write_json(Path(folder) / "vocabulary.json", self._terms)
         save_file({"idf": self._idf, "components": self._components}, Path(folder) / "tfidf.safetensors")
@@ -129,8 +128,6 @@ class TfidfEncoder(TextEncoder):
     @classmethod
     def load(cls, folder: str | os.PathLike) -> "TfidfEncoder":
         """Reads what `save` wrote."""
-        from safetensors.numpy import load_file
-
         terms = json.loads((Path(folder) / "vocabulary.json").read_text(encoding="utf-8"))
         arrays = load_file(Path(folder) / "tfidf.safetensors")
         encoder = cls()
@@ -207,8 +204,6 @@ class PretrainedEncoder(TextEncoder):
         return self
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
-        import torch
-
         vectors = np.zeros((len(texts), self.dim), np.float32)
         window = max(1, _WINDOW_TOKENS // self.max_tokens)
         device, bfloat16 = self._model.device.type, self.precision == "bfloat16"
@@ -308,17 +303,15 @@ def _set_pooling(model: "SentenceTransformer", pooling: str, name: str) -> None:
     raise ValueError(f"pooling is {pooling}, but the encoder {name!r} does not pool token embeddings: set it to auto.")
 
 
-def _has_bfloat16(device: "torch.device") -> bool:
-    """Whether the device multiplies bfloat16 in hardware; where it only imitates it, float32 is faster."""
-    import torch
-
+def _has_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 in hardware; where it is emulated, float32 is faster."""
     if device.type == "cpu":
         capabilities = torch.cpu.get_capabilities()
         return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def _rows_and_columns(values: "torch.Tensor", rows: "torch.Tensor", columns: "torch.Tensor") -> "torch.Tensor":
+def _rows_and_columns(values: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     values = values[rows]
     return values[:, columns] if values.shape[1:] == columns.shape else values
 
@@ -330,8 +323,6 @@ def _cosines(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 
 def _hash_arrays(arrays: Mapping[str, Any]) -> str:
-    import torch
-
     digest = hashlib.sha256()
     for name, values in arrays.items():
         values = torch.as_tensor(values).cpu().contiguous()

@@ -6,22 +6,24 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from safetensors import SafetensorError
 
 from ..files import atomic_folder, hash_file, hash_value
 from ..stages import begin_stage, partial_folder, run_stage, stage_fingerprint, stage_is_current
 from ..tables import LeaveOneOut, UserTexts
 from ..user_index import UserIndex
 from .arguments import INDEXERS, IndexArguments
-
-if TYPE_CHECKING:
-    from accelerate import PartialState
-
-    from .assignment import Assignment
-    from .base import Indexer
-    from .dataset import Table, UserDataset
-    from .encoder import TextEncoder
-    from .inputs import InputEncoder, TrainPart
+from .assignment import Assignment, check_capacity
+from .base import Indexer
+from .dataset import Table, UserDataset
+from .embeddings import write_embeddings
+from .encoder import TextEncoder, fit_encoder, load_encoder
+from .inputs import InputEncoder, TrainPart
+from .report import index_quality, write_quality_report
 
 logger = logging.getLogger(__name__)
 EMBEDDINGS = "embeddings"  # the shards' folder while the stage is made
@@ -52,7 +54,7 @@ def encode_inputs(
     args: IndexArguments,
     data: LeaveOneOut,
     output_dir: str | os.PathLike,
-    state: "PartialState",
+    state: PartialState,
     *,
     overwrite: bool = False,
 ) -> None:
@@ -89,10 +91,6 @@ def _stage(
 
 def _save_encoder(args: IndexArguments, texts: Mapping[str, UserTexts], shards: Path) -> None:
     """Fits the encoder and saves it, unless a killed run left it, and embeddings by it."""
-    from safetensors import SafetensorError
-
-    from .encoder import fit_encoder, load_encoder
-
     why = None
     if (shards / "encoder").is_dir():
         try:
@@ -109,18 +107,13 @@ def _save_encoder(args: IndexArguments, texts: Mapping[str, UserTexts], shards: 
 
 
 def _encode(
-    args: IndexArguments, data: LeaveOneOut, folder: Path, state: "PartialState"
-) -> tuple["TrainPart", "InputEncoder", "UserDataset"]:
+    args: IndexArguments, data: LeaveOneOut, folder: Path, state: PartialState
+) -> tuple[TrainPart, InputEncoder, UserDataset]:
     """What `Indexer.fit` does before the training, with the vectors in shards in `folder`, by all processes."""
-    from .assignment import check_capacity
-    from .embeddings import write_embeddings
-    from .encoder import load_encoder
-    from .inputs import TrainPart
-
     check_capacity(len(data), args.levels, args.codebook_size)
     train, shards = TrainPart.read(data, args.inputs, args.input_weights), folder / EMBEDDINGS
 
-    def embed(encoder: "TextEncoder", name: str, strings: Sequence[str]) -> "Table":
+    def embed(encoder: TextEncoder, name: str, strings: Sequence[str]) -> Table:
         return write_embeddings(shards / name, strings, encoder, user_ids=name == "user_ids", state=state)
 
     encoder = None
@@ -135,9 +128,6 @@ def _encode(
 
 
 def _build(args: IndexArguments, data: LeaveOneOut, folder: Path) -> None:
-    import torch
-    from accelerate import PartialState
-
     state = PartialState(cpu=not torch.accelerator.is_available())
     if state.num_processes > 1:
         raise ValueError("index_users runs in one process; what several can do for it is encode_inputs.")
@@ -154,14 +144,12 @@ def _build(args: IndexArguments, data: LeaveOneOut, folder: Path) -> None:
 def _report(
     folder: Path,
     data: LeaveOneOut,
-    train: "TrainPart",
-    indexer: "Indexer",
+    train: TrainPart,
+    indexer: Indexer,
     index: UserIndex,
-    assignment: "Assignment",
+    assignment: Assignment,
     seed: int,
 ) -> None:
-    from .report import index_quality, write_quality_report
-
     config = asdict(indexer.settings)
     extra = {
         "inputs": ", ".join(f"{name} x {weight:g}" for name, weight in train.weights.items()),

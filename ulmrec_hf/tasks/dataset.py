@@ -14,16 +14,14 @@ import yaml
 
 from ..files import hash_file, hash_value
 from ..protocol import SPLITS
-from ..user_index import KINDS
+from ..tables import LeaveOneOut
+from ..user_index import KINDS, UserIndex
 from .arguments import TaskArguments
 from .records import MIXTURE, REASONS, Task
 from .rows import TaskRows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from ..tables import LeaveOneOut
-    from ..user_index import UserIndex
 
 logger = logging.getLogger(__name__)
 
@@ -66,10 +64,10 @@ class AlignmentTasks(Mapping[str, datasets.DatasetDict]):
 
     def __init__(
         self,
-        data: "LeaveOneOut",
+        data: LeaveOneOut,
         retriever: Any,
         preferences: pa.Table,
-        users: "UserIndex | None",
+        users: UserIndex | None,
         tokenizer: "PreTrainedTokenizerBase",
         args: TaskArguments | None = None,
         **settings: Any,

@@ -22,6 +22,7 @@ from ..prompts import (
 )
 from ..protocol import MIN_ITEMS, MISS, SPLITS, target_positions, train_lengths
 from ..tables import LeaveOneOut, RowLookup
+from ..user_index import UserIndex
 from ..verbalizer import LETTERS
 from .arguments import TaskArguments
 from .records import MIXTURE, MIXTURE_SEED, TASKS, Task
@@ -29,8 +30,6 @@ from .templates import PromptTemplates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from ..user_index import UserIndex
 
 UNKNOWN = "unknown"
 
@@ -74,7 +73,7 @@ class TaskRows:
         data: LeaveOneOut,
         candidates: pa.Table,
         preferences: pa.Table,
-        user_index: "UserIndex | None",
+        user_index: UserIndex | None,
         tokenizer: "PreTrainedTokenizerBase",
     ):
         self.args, self.data, self.user_index, self.tokenizer = args, data, user_index, tokenizer

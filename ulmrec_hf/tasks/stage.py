@@ -12,6 +12,7 @@ import pyarrow as pa
 from ..files import hash_value
 from ..stages import run_stage
 from ..tables import LeaveOneOut, read_table
+from ..user_index import UserIndex
 from .arguments import TaskArguments
 from .dataset import write_tasks
 from .records import TASKS
@@ -20,8 +21,6 @@ from .templates import PromptTemplates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-    from ..user_index import UserIndex
 
 
 @dataclass(frozen=True)
@@ -39,11 +38,11 @@ class TaskSources:
     data: LeaveOneOut
     candidates: Callable[[], pa.Table]
     preferences: Callable[[], pa.Table]
-    user_index: "UserIndex | None"
+    user_index: UserIndex | None
     tokenizer: "PreTrainedTokenizerFast"
 
     @classmethod
-    def of_run(cls, run: Path, data: LeaveOneOut, user_index: "UserIndex | None", tokenizer: Any) -> Self:
+    def of_run(cls, run: Path, data: LeaveOneOut, user_index: UserIndex | None, tokenizer: Any) -> Self:
         """Those of a run's output folder; each table is read once for all systems that share these sources."""
         candidates, preferences = run / "retriever" / "candidates.parquet", run / "preferences" / "preferences.parquet"
         return cls(
