@@ -96,7 +96,7 @@ def make_tokenizer(model: ModelConfig, index: IndexArguments) -> UserTokenizer:
 
 
 def check_letters(tasks: TaskArguments, tokenizer: UserTokenizer) -> None:
-    """Raises ValueError where the base's letters are no single tokens: known before anything long is run."""
+    """Raises ValueError where the base's letters are not single tokens, before anything long is run."""
     fields = dict.fromkeys(("user", "history", "candidates", "letter"), "")
     prompt, _ = PromptTemplates.from_yaml(tasks.prompt_templates).render("next_item", **fields)
     LetterVerbalizer(tokenizer, prompt, tasks.num_candidates)
@@ -135,7 +135,7 @@ def make_tuning(settings: Settings) -> Tuning:
 
 
 def write_report(settings: Settings) -> None:
-    """Writes `report/` from what the stages left, and prints its table and where everything is."""
+    """Writes `report/` from the other stages, and prints its table and where everything is."""
     run, console = settings.folder, make_console(settings)
     tuned = [RANKER, *(system for system in settings.pipeline.systems if system.tuned)]
     evidence, kind = settings.preferences.evidence, settings.index.index_kind

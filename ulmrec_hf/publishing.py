@@ -97,7 +97,6 @@ def load_published(
     """Loads what `publish_model` wrote, in the dtype it was tuned in, for inference.
 
     Args:
-        folder: the published folder.
         base: hub id or folder of the base to put the adapter on, instead of the one it names; `merged/` is used where
             it exists and no base is given.
         model_kwargs: handed to `AutoModelForCausalLM.from_pretrained` (dtype, device_map, quantization_config).

@@ -70,9 +70,7 @@ class UserRanker:
     """Ranks a user's candidates by the letter logits of one forward pass.
 
     Args:
-        model: the tuned language model.
-        tokenizer: the tokenizer of the tuning.
-        settings: as in tuning.
+        model, tokenizer, settings: as in tuning.
         templates: as in tuning; the package's own by default.
         user_index: spells a user id as in tuning; without one every user is ranked by history alone.
         titles: the title of each item id.
@@ -119,10 +117,9 @@ class UserRanker:
         )
 
     def save_pretrained(self, folder: str | os.PathLike, *, user_map: bool = True, merged: bool = False) -> None:
-        """Writes what `from_pretrained` reads, see `ulmrec_hf.publishing.publish_model`.
+        """Writes what `from_pretrained` reads; other files in the folder are left alone.
 
         Args:
-            folder: is made where it is missing; other files in it are left alone.
             user_map: write the users' indices with their ids, which are personal data.
             merged: also write the adapter merged into its base.
         """

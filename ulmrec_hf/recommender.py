@@ -109,10 +109,8 @@ class Recommender:
     def from_pretrained(cls, folder: str | os.PathLike, base: str | os.PathLike | None = None, **settings: Any) -> Self:
         """Loads the folder `model/` of a run, or what `save_pretrained` wrote, wherever it was moved.
 
-        Args:
-            folder: holds a `UserRanker`'s files, retriever/, items.parquet and, where they were saved, indexer/ and
-                sequences.parquet, the users' histories.
-            base, settings: see `UserRanker.from_pretrained`.
+        It holds a `UserRanker`'s files, retriever/, items.parquet and, where they were saved, indexer/ and
+        sequences.parquet, the users' histories. For `base` and `settings` see `UserRanker.from_pretrained`.
 
         Raises:
             ValueError: something is missing there.
@@ -128,12 +126,9 @@ class Recommender:
         return cls(data, load_retriever(folder / RETRIEVER), ranker, indexer=indexer, fusion=fusion)
 
     def save_pretrained(self, folder: str | os.PathLike, *, user_map: bool = True, merged: bool = False) -> None:
-        """Writes what `from_pretrained` reads; see `UserRanker.save_pretrained`.
+        """Writes what `from_pretrained` reads, with `user_map` also indices and histories with the users' ids.
 
-        Args:
-            folder: is made where it is missing; other files in it are left alone.
-            user_map: write indices and histories with the users' ids, which are personal data.
-            merged: also write the adapter merged into its base.
+        For the arguments see `UserRanker.save_pretrained`.
         """
         self.ranker.save_pretrained(folder, user_map=user_map, merged=merged)
         write_parts(folder, self.data if user_map else None, self.retriever, self.indexer, self.fusion)
@@ -279,13 +274,7 @@ def write_parts(
     indexer: Indexer | None,
     fusion: Fusion,
 ) -> None:
-    """Adds to a published ranker's folder what a `Recommender` needs besides it.
-
-    Args:
-        folder: holds ranker.json and items.parquet.
-        data: whose histories are written, with the users' ids; None writes none.
-        retriever, indexer, fusion: see `Recommender`.
-    """
+    """Adds to a published ranker's folder what a `Recommender` needs besides; histories where `data` is given."""
     folder = Path(folder)
     for name, part in ((RETRIEVER, retriever), (INDEXER, indexer)):
         if part is not None:

@@ -1,4 +1,4 @@
-"""Reports of a run, a retriever or a tuned model, all assembled in one place from what the stages left."""
+"""Reports of a run, a retriever or a tuned model, assembled from the stages' folders."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence

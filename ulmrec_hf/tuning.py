@@ -165,7 +165,7 @@ def tune(
 ) -> None:
     """Tunes the ranker (`model/`) and each of `systems` that is tuned by itself (`ablations/<name>/model/`), as stages.
 
-    Each leaves training.json and predictions.parquet; the ranker also scores the rows of the other systems, and is
+    Each writes training.json and predictions.parquet; the ranker also scores the rows of the other systems, and is
     published. Every process of a distributed run calls this. A killed tuning resumes from its last checkpoint.
 
     Raises:

@@ -65,9 +65,8 @@ def assign_unique(vectors: np.ndarray, codebooks: np.ndarray, nearest: np.ndarra
     spills: its farthest users move to the nearest other prefix with room. Equal input gives equal codes.
 
     Args:
-        vectors: float32 [users, dim], the latent vectors of the users.
-        codebooks: float32 [levels, codebook_size, dim].
-        nearest: their `nearest_codes`, where they are known already.
+        vectors, codebooks: see `nearest_codes`.
+        nearest: what it gave, where that is known already.
 
     Returns:
         uint16 [users, levels].
@@ -91,8 +90,7 @@ def assign_new(vectors: np.ndarray, codebooks: np.ndarray, used: np.ndarray) -> 
     longest prefix of them that has room.
 
     Args:
-        vectors: float32 [new users, dim].
-        codebooks: float32 [levels, codebook_size, dim].
+        vectors, codebooks: see `nearest_codes`.
         used: int64 [users], the indices in use, packed by `pack_codes` and sorted (`UserIndex.keys`).
 
     Returns:

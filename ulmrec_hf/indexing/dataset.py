@@ -31,9 +31,9 @@ class UserDataset(Dataset):
     """One row a user: the vectors of the newest interactions, and of the id string; read from tables on demand.
 
     Args:
-        inputs: whose vectors, at length 1, are weighed and joined; an interaction with none, or zeros, is left out.
+        inputs: their vectors, at length 1, are weighed and joined; an interaction with none, or zeros, is left out.
         offsets: int64 [users + 1]; user u has the interactions `offsets[u]` to `offsets[u + 1]`, oldest first.
-        user_ids: a table with a row for each user's id string; None where it is not read.
+        user_ids: a row for each user's id string; None where it is not read.
         max_reviews: how many of the newest interactions are used.
     """
 

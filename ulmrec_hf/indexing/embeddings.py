@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ..files import atomic_path, hash_value, write_json
+from ..stages import differences
 from .encoder import TextEncoder
 
 logger = logging.getLogger(__name__)
@@ -226,15 +227,10 @@ def _check_manifest(folder: Path, record: dict[str, Any]) -> None:
     old = _read_manifest(folder)
     if old is None:
         raise ValueError(f"{folder / MANIFEST}, which the first process wrote, is missing: all processes must see it.")
-    flat_old, flat_new = ({**each, **each["encoder"]} for each in (old, record))
-    names = sorted({*flat_new, *flat_old["encoder"]} - {"encoder"})
-    differences = [
-        f"{name} was {json.dumps(flat_old.get(name))}, is {json.dumps(flat_new.get(name))}"
-        for name in names
-        if flat_old.get(name) != flat_new.get(name)
-    ]
-    if differences:
+    names = record.keys() - {"encoder"}
+    changes = differences(*({name: each.get(name) for name in names} | each["encoder"] for each in (old, record)))
+    if changes:
         raise ValueError(
-            f"{folder / MANIFEST} describes other embeddings: {'; '.join(differences)}. "
+            f"{folder / MANIFEST} describes other embeddings: {'; '.join(changes)}. "
             "Use another folder, or remove this one."
         )

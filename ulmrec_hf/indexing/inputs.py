@@ -123,8 +123,7 @@ class InputEncoder:
         """The vectors of all users of a train part, which need not be the one that this was fitted on.
 
         Args:
-            embed: gives a table of vectors by the text encoder, what is encoded (the name of an input, or
-                "user_ids") and the strings.
+            embed: from the encoder, what is encoded (an input's name, or "user_ids") and the strings to their vectors.
         """
         inputs = []
         for name, weight in self.weights.items():

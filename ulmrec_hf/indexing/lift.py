@@ -22,8 +22,7 @@ def share_rate(things: sparse.csr_matrix, *, max_users: int = 200_000, seed: int
 
     Args:
         things: sparse [users, things]; what is stored and not 0 counts.
-        max_users: with more users than this, the pairs are those among so many users drawn at random.
-        seed: of that draw.
+        max_users, seed: with more users than this, the pairs are those among so many users drawn at random.
 
     Returns:
         A probability; 0 with fewer than two users.

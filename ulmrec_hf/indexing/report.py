@@ -109,9 +109,7 @@ def write_quality_report(
     """Writes report.json, report.md and the `PLOTS` into `folder`; equal input gives equal bytes.
 
     Args:
-        folder: made where it is missing; each file is replaced atomically.
         quality: what `index_quality` returned for this index.
-        index: the user index.
         latents: float [users, code_dim].
     """
     folder = Path(folder)

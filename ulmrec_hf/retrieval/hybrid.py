@@ -189,8 +189,7 @@ def pool(scores: list[torch.Tensor], seen: torch.Tensor) -> tuple[torch.Tensor, 
     """The best items of each component, each once, and all components' scores of them.
 
     Args:
-        scores: the components' log-scores, float32 [batch, num_items + 1] each; changed in place: -inf at seen items.
-        seen: int64 [n, 2], see `seen_places`.
+        scores: the components' log-scores, float32 [batch, num_items + 1] each; set to -inf at the `seen_places`.
 
     Returns:
         Items, int64 [batch, places]; features, float32 [batch, places, 2 * components]: log-scores, then 1 / (1 + rank)

@@ -121,10 +121,10 @@ class NeuralRetriever(Retriever, PreTrainedModel):
         return RetrieverOutput(loss=loss, last_hidden_state=hidden)
 
     def start_from(self, vectors: np.ndarray) -> None:
-        """Sets the first dimensions of the item embeddings to vectors of mean square 1, scaled like initial weights.
+        """Sets the first dimensions of the item embeddings, scaled like initial weights.
 
         Args:
-            vectors: float32 [num_items, at most hidden_size], one for each of the items 1..num_items.
+            vectors: float32 [num_items, at most hidden_size], of mean square 1.
         """
         with torch.no_grad():
             place = self.item_embedding.weight[1 : 1 + len(vectors), : vectors.shape[1]]
