@@ -125,14 +125,11 @@ def ranking_metrics(ranks: ArrayLike, ks: Sequence[int] = KS) -> dict[str, float
 
 
 def random_order_metrics(num_candidates: ArrayLike, labels: ArrayLike, ks: Sequence[int] = KS) -> dict[str, np.ndarray]:
-    """The exact expected metrics of each user under a uniformly random order of the candidates.
+    """The exact expectation of `per_user_metrics` under a uniformly random order of the candidates.
 
     Args:
         num_candidates: int [users], or one number for all: how many candidates are ordered.
         labels: int [users]; -1 (a miss) expects 0, the place of any other label does not matter.
-
-    Returns:
-        The keys of `per_user_metrics`, float64 [users].
     """
     labels = np.asarray(labels)
     counts = np.broadcast_to(np.asarray(num_candidates, dtype=np.int64), labels.shape)
@@ -214,7 +211,7 @@ def _load_ranking_metrics() -> type["evaluate.Metric"]:
 
         Predictions are the candidates' scores (float32, higher is better, lengths may differ), references the
         target's position (int32, -1 = not among the candidates). Without any rows the metrics are NaN. Batches are
-        kept in memory, not in the cache folder, unless `keep_in_memory=False` or several processes are asked for.
+        kept in memory by default, unless several processes are asked for.
         """
 
         def __init__(self, *args, keep_in_memory: bool | None = None, num_process: int = 1, **kwargs):

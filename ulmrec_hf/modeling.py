@@ -61,9 +61,8 @@ class BaseSource:
     """Where the base of a model came from, which saving it needs; `load_base` puts it on the model as `base_source`.
 
     Attributes:
-        path: hub id or folder.
+        path, revision: hub id and its branch, tag or commit; or folder.
         extended: the folder was written by `extend_base`.
-        revision: branch, tag or commit of a hub id.
         seed: of the rows of new tokens.
     """
 

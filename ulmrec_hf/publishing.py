@@ -30,9 +30,9 @@ class Published:
 
     Attributes:
         base: where the base came from.
+        settings: written to ranker.json; see `ulmrec_hf.ranker.RankerSettings`.
         save_base: publish the base with its user tokens as `base/`; by default if it is a folder, or was extended in
             one. Otherwise the adapter names the hub id, or for a folder the word `base`: put the base there to load it.
-        settings: written to ranker.json; see `ulmrec_hf.ranker.RankerSettings`.
         merged: write `merged/` too, the adapter merged into the base in the dtype it was tuned in (quantised bases are
             merged unquantised, since merging into 4 bits rounds again).
         files: further files, by their name in the folder: `USER_INDEX_FILE`, `ITEMS_FILE`, `TEMPLATES_FILE`. User ids

@@ -46,14 +46,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RankerSettings:
-    """What the prompts of the tuning looked like, which ranking must repeat; part of ranker.json.
-
-    Attributes:
-        num_candidates: most candidates, one letter each.
-        max_history: newest items shown.
-        max_title_tokens: longer titles are cut.
-        max_length: most tokens of a prompt with its answer; the oldest history goes first.
-    """
+    """The fields of `TaskArguments` in tuning that the prompts of ranking must repeat; part of ranker.json."""
 
     num_candidates: int = 20
     max_history: int = 20

@@ -32,8 +32,7 @@ class Report:
 
     Args:
         in_candidates: for each split, bool [users]: whether the candidates hold the user's target.
-        num_candidates: how many candidates a user has; with `in_candidates` it gives the retriever's Recall@k, which
-            no ranker of these candidates can exceed.
+        num_candidates: how many candidates a user has.
         notes: sentences about the protocol (evidence, order, seeds...), shown in report.md.
         ks: the cut-offs of the metrics.
         seed, samples, level: of the bootstrap; see `ulmrec_hf.metrics.bootstrap_interval`.
@@ -95,7 +94,7 @@ class Report:
         return {system for system, _ in self._values}
 
     def ceiling(self, split: str) -> float:
-        """The retriever's Recall@num_candidates: the share of users whose target is among the candidates."""
+        """The retriever's Recall@num_candidates, which no ranker of these candidates can exceed."""
         return mean(self.in_candidates[split])
 
     def rows(self) -> list[dict[str, Any]]:
@@ -183,10 +182,7 @@ class Report:
         return "\n\n".join(parts) + "\n"
 
     def summary(self, rows: Sequence[Mapping[str, Any]], split: str = "test") -> str:
-        """A short plain-text table for a terminal: a row for each system, the best NDCG@k over all users first.
-
-        The cut-off k is 10, or the nearest below that the report has.
-        """
+        """A short plain-text table for a terminal: the best NDCG@10, or nearest below, over all users first."""
         ndcg, recall = f"ndcg@{self._shown}", f"recall@{self._shown}"
         columns = [(ndcg, "rank"), (ndcg, "overall"), (recall, "overall")]
         systems: dict[str, dict[str, Mapping[str, Any]]] = {}

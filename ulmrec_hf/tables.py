@@ -92,8 +92,8 @@ class Sequences:
     Attributes:
         items: int32 [interactions], dense item ids in 1..num_items.
         offsets: int64 [users + 1]; user u has `items[offsets[u]:offsets[u + 1]]`.
-        num_items: how many items the catalogue holds.
-        catalogue: hash of the catalogue (see `catalogue_hash`).
+        num_items: of the catalogue.
+        catalogue: its `catalogue_hash`.
     """
 
     items: np.ndarray

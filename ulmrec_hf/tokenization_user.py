@@ -105,7 +105,7 @@ class UserTokenizer(TokenizersBackend):
         return self.convert_tokens_to_ids([user_token(level, code) for level, code in enumerate(codes)])
 
     def decode_user(self, ids: Iterable[int]) -> tuple[int, ...]:
-        """The codes of a user index's token ids, the inverse of `encode_user`.
+        """The inverse of `encode_user`.
 
         Raises:
             ValueError: the ids are not one user token of each level in order.

@@ -130,9 +130,8 @@ class Tuning:
         training: the Trainer's arguments.
         tokenizer: the base's, with the user tokens of the run.
         num_candidates: letters that are scored.
-        save_base: write the base with its user tokens; by default where it is a folder.
-        validation_users: users whose validation chooses the best model; 0 = all.
-        seed: of the choice of these users.
+        save_base, validation_users: see `PipelineArguments`.
+        seed: of the choice of the validation users.
     """
 
     run: Path

@@ -80,8 +80,8 @@ class IndexKind:
     """A way to spell a user's index in prompts.
 
     Attributes:
-        spell: gives the text of a user from (index, row).
-        by_number: the text depends on the user's entry in `UserIndex.numbers`, not on the codes alone.
+        spell: from (index, row) to the text of a user.
+        by_number: the text depends on the user's entry in `UserIndex.numbers`.
         adds_tokens: the text consists of user tokens, which the base model's tokenizer is extended by.
     """
 
@@ -211,9 +211,7 @@ class UserIndex:
         return np.sort(pack_codes(self.codes, self.codebook_size))
 
     def merge(self, other: "UserIndex") -> "UserIndex":
-        """The users of both maps, those of `other` that are new after the others; equal entries are one.
-
-        It is of this map's kind; new users get the next numbers.
+        """The users of both maps, of this map's kind; users who are new in `other` come last and get the next numbers.
 
         Raises:
             ValueError: the maps have other levels or codebook sizes, a user has another index in each, or two users
@@ -256,9 +254,9 @@ class UserIndex:
         return UserIndex(self.user_ids, self.codes[order], self.codebook_size, self.kind, self.numbers[order])
 
     def to_parquet(self, path: str | os.PathLike) -> None:
-        """Writes columns user_id and codes (list<uint16>) atomically; codebook_size goes into the schema metadata.
+        """Writes user_id, codes (list<uint16>) and, for kinds spelled by number, number (int32), atomically.
 
-        A kind other than codes goes there as index_kind; those spelled by number also have the column number (int32).
+        The schema's metadata hold codebook_size and, for a kind other than codes, index_kind.
         """
         offsets = np.arange(0, self.codes.size + 1, self.levels, dtype=np.int32)
         table = pa.table(
@@ -308,12 +306,7 @@ class UserIndex:
             raise ValueError(f"{path} is not a user index: {error}") from None
 
     def report(self) -> dict:
-        """How well the codes are used.
-
-        Returns:
-            `users`; `codes_used` and `perplexity`, one value a level; `users_alone`: how many users are the only ones
-            under their 1-code and 2-code prefix.
-        """
+        """`users`; `codes_used` and `perplexity` by level; `users_alone` under their 1-code and 2-code prefix."""
         alone = [
             int((np.unique(self.codes[:, :length], axis=0, return_counts=True)[1] == 1).sum())
             for length in range(1, min(2, self.levels) + 1)

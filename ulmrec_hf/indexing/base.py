@@ -193,8 +193,7 @@ class Indexer(nn.Module, PyTorchModelHubMixin, ABC):
         """The index of all users of the data, from their train part and the frozen codebooks.
 
         Raises:
-            ValueError: there are more users than indices, the data lacks an input, or the indexer was loaded without
-                its inputs.
+            ValueError: there are more users than indices, the data lacks an input, or the indexer lacks its `inputs`.
         """
         if self._fitted is not None and self._fitted[0] is data:
             dataset = self._fitted[1]
@@ -209,7 +208,7 @@ class Indexer(nn.Module, PyTorchModelHubMixin, ABC):
     def index_new(
         self, reviews: Iterable[str] = (), *, used: UserIndex, user_id: str = "", **others: Sequence
     ) -> UserIndex:
-        """A free index near those of similar users, from the frozen codebooks; nothing else changes.
+        """A free index near those of similar users, from the frozen codebooks.
 
         Args:
             reviews: what the user wrote, oldest first; omit it where the index was not made from reviews.
@@ -220,8 +219,8 @@ class Indexer(nn.Module, PyTorchModelHubMixin, ABC):
             A `UserIndex` of this one user, of the same kind; a number is the user's own only after the merge.
 
         Raises:
-            ValueError: the user has an index already, all indices are in use, the indexer was loaded without its
-                inputs, or an input does not fit.
+            ValueError: the user has an index already, all indices are in use, the indexer lacks its `inputs`, or an
+                input does not fit.
         """
         inputs, config = self._known_inputs(), self.settings
         if not isinstance(user_id, str):

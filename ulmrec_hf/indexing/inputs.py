@@ -33,9 +33,7 @@ class TrainPart:
         weights: how much each input counts, by its name.
         texts: of the inputs reviews and titles.
         numbers: of the inputs ratings and times (seconds since 1970), float64 [interactions], NaN where unknown.
-        user_ids: the users, in ascending dense order.
-        item_ids: raw ids of the items 1..n.
-        sequences: the items of the interactions.
+        user_ids, item_ids, sequences: see `LeaveOneOut`.
     """
 
     weights: dict[str, float]
@@ -47,11 +45,7 @@ class TrainPart:
 
     @classmethod
     def read(cls, data: LeaveOneOut, names: Sequence[str], weights: Sequence[float] = ()) -> Self:
-        """Reads the inputs of these names.
-
-        Args:
-            names: of `arguments.INPUTS`; "auto" is reviews where the train part has any, else titles.
-            weights: one for each name; none at all for 1 each.
+        """Reads the inputs of these names, see `arguments.INPUTS`; without weights, each counts 1.
 
         Raises:
             ValueError: an input that the data does not have.

@@ -46,16 +46,16 @@ def lift(
     """How much more often two users share a thing if they share a prefix of their codes; exact over all pairs.
 
     Args:
-        codes: integers of 0 or more, [users, levels]. A grouping of users is the codes [users, 1].
+        codes: integers of 0 or more, [users, levels].
         things: sparse [users, things], such as items or words; what is stored and not 0 counts.
         base_rate: `share_rate` of `things`, where it is known already.
         max_users, seed: see `share_rate`; the pairs under a prefix are always all counted.
 
     Returns:
-        One value for each prefix length 1..levels: `lift`, None where no two users share a prefix, or no two users of
-        all share a thing; `interval`, its [low, high] of 95 %, by bootstrap over the prefixes and with the base rate as
-        given, None for fewer than 10 prefixes of two users or where no pair shares a thing; `pairs`, how many pairs of
-        users share a prefix; `shared`, how many of these share a thing.
+        One value for each prefix length 1..levels: `lift`, None where no two users share a prefix, or no two of all
+        share a thing; `interval`, its [low, high] of 95 %, by bootstrap over the prefixes with a fixed base rate, None
+        for fewer than 10 prefixes of two users or where no pair shares a thing; `pairs`, how many pairs of users share
+        a prefix; `shared`, how many of these share a thing.
 
     Raises:
         ValueError: codes are not such integers, or not of the users of `things`.
@@ -143,8 +143,7 @@ def rating_agreement(codes: np.ndarray, users: np.ndarray, items: np.ndarray, ra
         users, items, ratings: one value a rating, oldest first within a user; a rating of NaN is left out.
 
     Returns:
-        One value for each prefix length 1..levels: `ratio`, the mean absolute difference under one prefix divided by
-        that of any two users, so that below 1 is agreement and None is unknown; `pairs`, how many triples it is from.
+        By prefix length: `ratio` of the mean absolute differences, None where unknown; `pairs`, how many triples.
     """
     known = ~np.isnan(ratings)
     users, items = (ids[known][::-1].astype(np.int64) for ids in (users, items))

@@ -53,12 +53,11 @@ def index_quality(
         max_users, seed: see `share_rate`; the seed is the bootstrap's as well.
 
     Returns:
-        What `UserIndex.report` returns, `collisions_before` and `collisions_after` (users who share their codes before
-        and after the assignment), `reconstruction_error`, `extra`; `lift_users`, how many users the base rate of the
-        lifts is from; `cases`; and lists by prefix length: `lift_train`, `lift_heldout` with `lift_heldout_interval`,
-        `lift_words` (the five words of a user with the highest TF-IDF), `pairs_heldout` (all pairs of users under one
-        prefix, the same for every lift), `shared_train`, `shared_heldout`, `shared_words` (how many of these share an
-        item or a word), `rating_agreement`, `rated_pairs`. See `lift` and `rating_agreement`.
+        What `UserIndex.report` returns, `collisions_before` and `collisions_after` the assignment (`count_collisions`),
+        `reconstruction_error`, `extra`; `lift_users`, how many users the base rate of the lifts is from; `cases`; and
+        by prefix length what `lift` and `rating_agreement` give: `lift_...` and `shared_...` of `train` and `heldout`
+        items and of `words` (a user's `top_words`), `lift_heldout_interval`, `pairs_heldout` (the same for every lift),
+        `rating_agreement`, `rated_pairs`.
 
     Raises:
         ValueError: the users of the index, the assignment, the data and the texts are not the same.

@@ -8,12 +8,7 @@ from .neural import NeuralRetriever, NeuralRetrieverConfig, RetrieverOutput
 
 
 class BERT4RecConfig(NeuralRetrieverConfig):
-    """The config of `BERT4Rec`.
-
-    Attributes:
-        num_heads: attention heads; hidden_size must be a multiple.
-        mask_probability: how probably an item is masked in training, in [0, 1); one of each row always is.
-    """
+    """The config of `BERT4Rec`; `hidden_size` must be a multiple of `num_heads`, `mask_probability` is in [0, 1)."""
 
     model_type = "bert4rec"
 

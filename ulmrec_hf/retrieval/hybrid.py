@@ -88,9 +88,8 @@ class Combiner(nn.Module):
 class Hybrid(Retriever):
     """Ranks the best 100 items of each component together by a `Combiner`; all others follow by the weighted sum.
 
-    The weights maximise the likelihood of the validation targets under the softmax of the sum (a conditional logit), a
-    concave problem with one number per component. The network is then trained on four fifths of the users, and kept
-    only where it lowers the loss of the last fifth.
+    The weights maximise the likelihood of the validation targets under the softmax of the sum (a conditional logit).
+    The network is then trained on four fifths of the users, and kept only where it lowers the loss of the last fifth.
     """
 
     config_class = HybridConfig
@@ -211,8 +210,7 @@ def validation_pools(components: Sequence[Retriever], sequences: Sequences, max_
     """What the combiner is fitted on: one row per user whose validation target is among the components' best items.
 
     Returns:
-        `features`, float32 [users, places, 2 * components], and `real`, bool [users, places], see `pool`, and `target`,
-        int64 [users], the place of the target.
+        `features` and `real`, see `pool`, and `target`, int64 [users], the place of the target.
 
     Raises:
         ValueError: no user has a validation target after a non-empty train part, or no component finds one.

@@ -22,14 +22,7 @@ _CELLS = 1 << 20  # logits that are held at once in training: 4 MB, which stay i
 
 
 class NeuralRetrieverConfig(RetrieverConfig):
-    """What every neural retriever's config holds.
-
-    Attributes:
-        hidden_size: width of the item embeddings and of every layer.
-        num_layers: number of blocks.
-        dropout: dropout probability.
-        initializer_range: standard deviation of the initial weights.
-    """
+    """The config of every neural retriever; `initializer_range` is the standard deviation of the initial weights."""
 
     hidden_size: int = 64
     num_layers: int = 2
@@ -103,7 +96,7 @@ class NeuralRetriever(Retriever, PreTrainedModel):
 
         Args:
             input_ids: int64 [batch, length], padded on the right with 0.
-            labels: int64 [batch, length], the item that follows each position, 0 where there is none.
+            labels: int64 [batch, length], the item after each position, 0 where there is none.
         """
         hidden = self.encode(input_ids)
         if labels is None:

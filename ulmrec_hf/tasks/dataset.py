@@ -12,6 +12,7 @@ import datasets
 import pyarrow as pa
 import yaml
 
+from ..figures import markdown_table
 from ..files import hash_file, hash_value
 from ..protocol import SPLITS
 from ..tables import LeaveOneOut
@@ -203,11 +204,10 @@ def _card(rows: TaskRows, counts: dict[str, dict[str, int]], content: str) -> st
         }
         for name, splits in counts.items()
     ]
-    table = [
-        f"| {name} | " + " | ".join(str(splits.get(split, "-")) for split in SPLITS) + f" | {proportion} |"
-        for name, splits in counts.items()
-        for proportion in [f"{rows.args.mixture.get(name, 0):g}" if name != MIXTURE else ""]
-    ]
+    table = [["config", *SPLITS, "proportion in the mixture"]]
+    for name, splits in counts.items():
+        proportion = "" if name == MIXTURE else f"{rows.args.mixture.get(name, 0):g}"
+        table.append([name, *(str(splits.get(split, "-")) for split in SPLITS), proportion])
     left_out = [f"- {number} rows of {task}, {split}: {reason}." for task, split, number, reason in _left_out(rows)]
     index = rows.user_index
     meaning = "user tokens" if index is not None and KINDS[index.kind].adds_tokens else "user indices"
@@ -220,9 +220,7 @@ def _card(rows: TaskRows, counts: dict[str, dict[str, int]], content: str) -> st
         "",
         f"Rows that teach a language model what the {meaning} mean and which item a user chooses next.",
         "",
-        "| config | train | validation | test | proportion in the mixture |",
-        "|---|---|---|---|---|",
-        *table,
+        markdown_table(table),
         "",
         *(["The validation and test rows of `mixture` are those of `next_item`."] if MIXTURE in counts else []),
         *(["", "Left out:", "", *left_out] if left_out else []),
