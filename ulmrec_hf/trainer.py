@@ -2,24 +2,20 @@
 
 import os
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import EvalPrediction, Trainer, TrainingArguments
+from datasets import Dataset
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from .metrics import RankingMetrics
 from .protocol import MISS
 from .ranker import UserRanker
 from .stages import setting
 from .tasks.collators import ULMRecCollator, tokenize_rows
+from .tasks.dataset import AlignmentTasks
 from .verbalizer import LetterVerbalizer
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from .tasks.dataset import AlignmentTasks
 
 
 @dataclass
@@ -87,12 +83,12 @@ class ULMRecTrainer(Trainer):
 
     def __init__(
         self,
-        model: "PreTrainedModel",
+        model: PreTrainedModel,
         args: ULMRecTrainingArguments,
         *,
-        train_dataset: "Dataset | None" = None,
-        eval_dataset: "Dataset | None" = None,
-        processing_class: "PreTrainedTokenizerBase",
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | None = None,
+        processing_class: PreTrainedTokenizerBase,
         verbalizer: LetterVerbalizer | None = None,
         **kwargs: Any,
     ):
@@ -113,24 +109,24 @@ class ULMRecTrainer(Trainer):
             **kwargs,
         )
 
-    def _evaluation_rows(self, dataset: "Dataset", tokenizer: "PreTrainedTokenizerBase") -> "Dataset":
+    def _evaluation_rows(self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
         """The rows tokenised, after they have given the verbalizer where there is none yet."""
         if self.verbalizer is None:
             most = max(map(len, dataset["candidates"]))
             self.verbalizer = LetterVerbalizer(tokenizer, dataset[0]["prompt"], most)
         return tokenize_rows(dataset, tokenizer, evaluation=True)
 
-    def evaluate(self, eval_dataset: "Dataset | None" = None, **kwargs: Any) -> dict[str, float]:
+    def evaluate(self, eval_dataset: Dataset | None = None, **kwargs: Any) -> dict[str, float]:
         """The ranking metrics of rows with prompt, label and candidates; by default of the trainer's `eval_dataset`."""
         if eval_dataset is not None and "prompt" in eval_dataset.column_names:
             eval_dataset = self._evaluation_rows(eval_dataset, self.processing_class).sort("length")
         return super().evaluate(eval_dataset, **kwargs)
 
-    def ranker(self, tasks: "AlignmentTasks") -> UserRanker:
+    def ranker(self, tasks: AlignmentTasks) -> UserRanker:
         """The tuned model as a `UserRanker` that asks as `tasks` did."""
         return UserRanker.from_tasks(self.accelerator.unwrap_model(self.model), self.processing_class, tasks)
 
-    def rank(self, dataset: "Dataset") -> np.ndarray:
+    def rank(self, dataset: Dataset) -> np.ndarray:
         """Scores every row's candidates.
 
         Args:
@@ -176,7 +172,7 @@ class ULMRecTrainer(Trainer):
                 optimizer.add_param_group({"params": rows, "lr": rate, "weight_decay": 0.0})
         return optimizer
 
-    def _get_eval_sampler(self, eval_dataset: "Dataset") -> torch.utils.data.Sampler | None:
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> torch.utils.data.Sampler | None:
         # Trainer would reshuffle evaluation rows when training batches are grouped by length, and `rank` would return
         # them in another order. They are sorted by length already.
         return torch.utils.data.SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
