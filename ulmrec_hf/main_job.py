@@ -34,7 +34,7 @@ from .verbalizer import LetterVerbalizer
 
 
 def make_console(settings: Settings) -> Console:
-    """The terminal of a run, with one stage for each folder that it makes; its log is `output_dir/log.txt`."""
+    """The console of a run, with one stage for each folder that it makes; its log is `output_dir/log.txt`."""
     tuned = [system.name for system in (RANKER, *settings.pipeline.systems) if system.tuned]
     names = ["data", "retriever", "preferences", "index", "tasks", *tuned, "report"]
     return Console(names, settings.folder / "log.txt", is_main=settings.training.process_index == 0)

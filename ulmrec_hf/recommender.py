@@ -164,11 +164,10 @@ class Recommender:
         batch_size: int = 32,
         progress: bool = True,
     ) -> Iterator[list[dict[str, Any]]]:
-        """What `recommend` gives, for any number of requests, streamed in their order.
+        """What `recommend` gives, for any number of requests, streamed in their order; see there for the errors.
 
         Args:
             requests: `Request`s, dicts of their fields, or ids of known users.
-            k: see `recommend`, also for the errors.
             batch_size: prompts a forward pass.
             progress: show a bar.
         """

@@ -113,10 +113,7 @@ class Report:
         return rows
 
     def comparisons(self, pairs: Iterable[tuple[str, str]]) -> list[dict[str, Any]]:
-        """The rows of comparisons.json: a minus b over the same users, by paired bootstrap.
-
-        Args:
-            pairs: names (a, b) of systems; a split is compared where it holds both.
+        """The rows of comparisons.json: for pairs (a, b) of systems, a minus b over the same users of each split.
 
         Raises:
             ValueError: no split holds both systems of a pair.
@@ -139,11 +136,7 @@ class Report:
         return rows
 
     def write(self, folder: str | os.PathLike, pairs: Iterable[tuple[str, str]] = ()) -> list[dict[str, Any]]:
-        """Writes metrics.json, comparisons.json, report.md, metrics.png into `folder`; equal results, equal bytes.
-
-        Returns:
-            `rows()`, for `summary`.
-        """
+        """Writes metrics.json, comparisons.json, report.md and metrics.png into `folder`; returns `rows()`."""
         rows, comparisons = self.rows(), self.comparisons(pairs)
         folder = Path(folder)
         write_json(folder / "metrics.json", rows)
@@ -262,11 +255,7 @@ def plot_metrics(
 
 
 def plot_training(path: str | os.PathLike, runs: Mapping[str, Sequence[Mapping[str, Any]]], k: int = 10) -> None:
-    """Training loss and validation NDCG@k over the steps of several runs.
-
-    Args:
-        runs: name -> the Trainer's `log_history`: dicts with `step` and either `loss` or `eval_...ndcg@k`.
-    """
+    """Training loss and validation NDCG@k over the steps of several runs, by name: the Trainer's `log_history`."""
 
     def draw(figure: "Figure") -> None:
         loss_axes, ndcg_axes = figure.subplots(1, 2)

@@ -93,9 +93,9 @@ class IndexKind:
 # The paper's Figure 9 compares codes, numbers and ids.
 KINDS = Registry(
     "index_kind",
-    codes=IndexKind(lambda index, row: spell_codes(index.codes[row]), adds_tokens=True),
-    text=IndexKind(lambda index, row: "-".join(map(str, index.codes[row]))),
-    number=IndexKind(lambda index, row: str(index.numbers[row]), by_number=True),
+    codes=IndexKind(lambda index, row: spell_codes(index.codes[row]), adds_tokens=True),  # user tokens
+    text=IndexKind(lambda index, row: "-".join(map(str, index.codes[row]))),  # the same codes as plain text
+    number=IndexKind(lambda index, row: str(index.numbers[row]), by_number=True),  # the user's row in the map
     id=IndexKind(lambda index, row: index.user_ids[index.numbers[row]], by_number=True),
 )
 
@@ -107,8 +107,7 @@ class UserIndex:
         user_ids: one id a user, all different.
         codes: integers, shape [users, levels], each in [0, codebook_size), all rows different.
         codebook_size: codes per level, at most 65,536.
-        kind: what `spell` writes, one of `KINDS`: `codes`, user tokens; `text`, the same codes as plain text; `number`,
-            the user's row in the map; `id`, the user id, unchanged (see `ulmrec_hf.prompts.spell_user`).
+        kind: what `spell` writes, one of `KINDS`; `id` is the user id, unchanged (see `ulmrec_hf.prompts.spell_user`).
         numbers: the row whose number and id each user has: its own, except in a shuffled map.
 
     Raises:

@@ -37,10 +37,9 @@ class Interactions:
 
     @classmethod
     def from_pandas(cls, df: "pd.DataFrame", titles: "Titles | None" = None) -> Self:
-        """Takes the interactions of a pandas table.
+        """Takes the interactions of a pandas table, one a row.
 
         Args:
-            df: one row an interaction; other columns are ignored.
             titles: item_id -> title as a mapping or Series, or a table with the columns item_id and title, whose other
                 columns are kept. Items that are not in it are left out; without it, an item's id is its title.
 

@@ -171,9 +171,7 @@ def read_selection(
     titles: str | None = None,
     ordered: bool = False,
 ) -> Selection:
-    """Reads a source: drops interactions without user, item or time, of untitled items, and repeated pairs.
-
-    Of the interactions of one user with one item the earliest stays, of equally early ones the first in the source.
+    """Reads a source and leaves out what `Interactions` says; of equally early repeated pairs the first stays.
 
     Args:
         batches: raw interactions, in the order of the source.

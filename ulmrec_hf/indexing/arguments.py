@@ -20,7 +20,7 @@ PRESETS = {
 }
 
 
-def _of_preset(name: str) -> str:
+def _by_preset(name: str) -> str:
     return "by preset: " + ", ".join(f"{preset} {settings[name]}" for preset, settings in PRESETS.items()).lower()
 
 
@@ -64,7 +64,7 @@ class IndexArguments:
     )
     codebook_size: int = setting(256, "Codes per level; 32 suits 1,000 users.")
     levels: int = setting(4, "Codes per user.")
-    code_dim: int | None = setting(None, f"Length of a latent vector and its codes; {_of_preset('code_dim')}.")
+    code_dim: int | None = setting(None, f"Length of a latent vector and its codes; {_by_preset('code_dim')}.")
     embedding_dim: int = setting(384, "Length of a text embedding of the encoder tfidf, at most.")
     preset: str = setting(
         "default",
@@ -75,16 +75,16 @@ class IndexArguments:
     attention: bool | None = setting(
         None,
         "Weigh a user's texts by attention with the user id (eq. 1), as the paper does; off: their mean, "
-        f"which measures better; {_of_preset('attention')}.",
+        f"which measures better; {_by_preset('attention')}.",
     )
     max_reviews: int = setting(50, "How many of a user's newest texts are used.")
     autoencoder_steps: int | None = setting(
-        None, f"Batches that train the autoencoder before there are codes; {_of_preset('autoencoder_steps')}."
+        None, f"Batches that train the autoencoder before there are codes; {_by_preset('autoencoder_steps')}."
     )
-    steps: int | None = setting(None, f"Batches that then train it with codes; {_of_preset('steps')}.")
+    steps: int | None = setting(None, f"Batches that then train it with codes; {_by_preset('steps')}.")
     refit_codebooks: bool | None = setting(
         None,
-        f"End with codebooks by k-means over the trained encoder's latent vectors; {_of_preset('refit_codebooks')}.",
+        f"End with codebooks by k-means over the trained encoder's latent vectors; {_by_preset('refit_codebooks')}.",
     )
     batch_size: int = setting(0, "Users per batch; 0 = four for every code of a level.")
     learning_rate: float = setting(1e-3, "Peak learning rate of AdamW.")

@@ -75,11 +75,8 @@ class TfidfEncoder(TextEncoder):
     """TF-IDF over words and word pairs, reduced by a truncated SVD; the default, which needs no model at all.
 
     User-id strings share no words with reviews, so they are encoded by hashed character n-grams and a fixed random
-    projection: zero vectors would leave the attention of eq. (1) nothing to learn from.
-
-    Args:
-        dim: length of a vector; fewer where the texts have fewer different words.
-        seed: of the SVD.
+    projection: zero vectors would leave the attention of eq. (1) nothing to learn from. A vector has `dim` numbers, or
+    as many as the texts have different words; `seed` is that of the SVD.
     """
 
     name = "tfidf"
@@ -194,13 +191,10 @@ class PretrainedEncoder(TextEncoder):
         cosine = _cosines(exact, self.encode(sample)).min()
         if not cosine >= _LEAST_COSINE:  # a NaN as well
             self.precision = "float32"
-        logger.info(
-            "The encoder %s computes in %s: its embeddings of %d texts in bfloat16 have cosine %.6f or more to float32",
-            self.name,
-            self.precision,
-            len(sample),
-            cosine,
+        message = (
+            "The encoder %s computes in %s: embeddings of %d texts in bfloat16 have cosine %.6f or more to float32"
         )
+        logger.info(message, self.name, self.precision, len(sample), cosine)
         return self
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:

@@ -22,8 +22,7 @@ class UserIndexerConfig(IndexerConfig):
 
     Attributes:
         hidden_sizes: widths of the encoder's hidden layers; the decoder has them mirrored.
-        preset: "default" or "paper".
-        attention: eq. (1); off, a user is the mean of the texts.
+        preset, attention: see `IndexArguments`.
         beta: weight of the commitment term.
         user_dim: length of an embedded id string; None = embedding_dim.
     """

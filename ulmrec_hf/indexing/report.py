@@ -50,7 +50,7 @@ def index_quality(
         texts: the train texts of the users, which the cases and the lift of words are of.
         extra: further entries of the report.
         cases: how many users are described one by one.
-        max_users, seed: see `share_rate`; the seed is the bootstrap's as well.
+        max_users, seed: see `lift`.
 
     Returns:
         What `UserIndex.report` returns, `collisions_before` and `collisions_after` the assignment (`count_collisions`),

@@ -42,12 +42,8 @@ def index_users(
         ValueError: an unfinished data stage, an input that it does not have, embeddings that are not finite, a codebook
             too small for the users, or a stage of other settings stands there.
     """
-    return run_stage(
-        *_stage(args, data, output_dir),
-        lambda folder: _build(args, data, folder),
-        overwrite=overwrite,
-        resume=True,
-    )
+    stage = _stage(args, data, output_dir)
+    return run_stage(*stage, lambda folder: _build(args, data, folder), overwrite=overwrite, resume=True)
 
 
 def encode_inputs(
@@ -161,9 +157,5 @@ def _report(
     texts = next(iter(train.texts.values())) if train.texts else data.texts("titles")
     quality = index_quality(index, assignment, data, texts, extra=extra, seed=seed)
     write_quality_report(folder, quality, index, assignment.latents)
-    logger.info(
-        "User index of %d users: perplexity %s, held-out lift %s",
-        len(index),
-        quality["perplexity"],
-        quality["lift_heldout"],
-    )
+    message = "User index of %d users: perplexity %s, held-out lift %s"
+    logger.info(message, len(index), quality["perplexity"], quality["lift_heldout"])

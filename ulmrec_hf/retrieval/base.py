@@ -27,8 +27,7 @@ class RetrieverConfig(PreTrainedConfig):
     """What every retriever's config.json holds.
 
     Attributes:
-        num_items: how many items the catalogue holds.
-        catalogue: hash of the catalogue, so that a retriever of another one is refused.
+        num_items, catalogue: see `Sequences`; a retriever of another catalogue is refused.
         max_history: how many of the newest history items are read.
     """
 
@@ -61,7 +60,7 @@ class Retriever(ABC):
         """Fits a retriever on the train part; validation targets only choose the epoch or a hybrid's combiner.
 
         Args:
-            data: the interactions; test targets are never read.
+            data: test targets are never read.
             args: the settings; the defaults if not given.
             settings: fields of `RetrieverArguments` that replace those of `args`.
 
@@ -80,7 +79,6 @@ class Retriever(ABC):
         Args:
             sequences: whole sequences; fit on `sequences.train_part()` alone.
             titles: of the items 1..num_items, in that order.
-            args: the settings.
         """
 
     @classmethod

@@ -49,15 +49,13 @@ class AlignmentTasks(Mapping[str, datasets.DatasetDict]):
     writes equal rows as files, for data that memory cannot hold.
 
     Args:
-        data: the users' items, titles and ratings.
         retriever: a fitted retriever (it has `candidates(data, k=..., train_positions=...)`), asked for as many
             candidates as a row shows, or a table with the schema `tables.CANDIDATES`, which may hold more to draw
             training negatives from.
         preferences: a table with the schema `tables.PREFERENCES`.
         users: the user index; None renders rows without.
         tokenizer: a fast one, with the user tokens where the index is spelled in them.
-        args: the settings, by default `TaskArguments()`.
-        settings: fields of `TaskArguments` that replace those of `args`.
+        args, settings: `TaskArguments`, by default, and fields that replace theirs.
 
     Raises:
         ValueError: a setting that cannot be used, or tables that do not fit together; see `TaskRows`.

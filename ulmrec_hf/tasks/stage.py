@@ -29,8 +29,7 @@ class TaskSources:
 
     Attributes:
         data: an opened data stage.
-        candidates: gives the retriever's candidates: user, split, position, items.
-        preferences: gives the preferences: user, position, preference.
+        candidates, preferences: read these tables, see `TaskRows`.
         user_index: spells users in the rows (a run's own, a shuffled one), or None.
         tokenizer: the language model's, with its user tokens.
     """
