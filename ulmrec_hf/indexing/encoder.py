@@ -191,10 +191,13 @@ class PretrainedEncoder(TextEncoder):
         cosine = _cosines(exact, self.encode(sample)).min()
         if not cosine >= _LEAST_COSINE:  # a NaN as well
             self.precision = "float32"
-        message = (
-            "The encoder %s computes in %s: embeddings of %d texts in bfloat16 have cosine %.6f or more to float32"
+        logger.info(
+            "The encoder %s computes in %s: its embeddings of %d texts in bfloat16 have cosine %.6f or more to float32",
+            self.name,
+            self.precision,
+            len(sample),
+            cosine,
         )
-        logger.info(message, self.name, self.precision, len(sample), cosine)
         return self
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
