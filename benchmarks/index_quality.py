@@ -33,14 +33,15 @@ from ulmrec_hf.files import write_json
 from ulmrec_hf.indexing.arguments import PRESETS, IndexArguments
 from ulmrec_hf.indexing.assignment import assign_new, count_collisions
 from ulmrec_hf.indexing.base import Indexer, IndexerConfig
-from ulmrec_hf.indexing.dataset import ArrayTable, UserDataset
+from ulmrec_hf.indexing.dataset import UserDataset
 from ulmrec_hf.indexing.embeddings import embed_in_memory
 from ulmrec_hf.indexing.encoder import TextEncoder, TfidfEncoder, fit_encoder
 from ulmrec_hf.indexing.indexer import UserIndexer
 from ulmrec_hf.indexing.inputs import InputEncoder, TrainPart
 from ulmrec_hf.indexing.lift import incidence, lift, neighbour_lift, share_rate
 from ulmrec_hf.indexing.residual_kmeans import ResidualKMeans
-from ulmrec_hf.tables import LeaveOneOut, Sequences, UserTexts, held_out
+from ulmrec_hf.protocol import train_lengths
+from ulmrec_hf.tables import LeaveOneOut, Sequences, UserTexts
 from ulmrec_hf.user_index import UserIndex, pack_codes, perplexity
 
 INPUTS = ("titles", "cooccurrence", "titles+cooccurrence", "reviews", "reviews+titles")
@@ -52,14 +53,14 @@ CHECKED = 20  # new users that are also indexed one by one
 _frozen: dict[str, dict[str, np.ndarray]] = {}  # what encoders that learn nothing made of texts
 
 
-def embed(encoder: TextEncoder, name: str, texts: Sequence[str]) -> ArrayTable:
+def embed(encoder: TextEncoder, name: str, texts: Sequence[str]) -> np.ndarray:
     """Vectors in memory; nothing is encoded twice by an encoder that learns nothing from the texts."""
     if isinstance(encoder, TfidfEncoder):
         return embed_in_memory(encoder, name, texts)
     kept = _frozen.setdefault(encoder.name, {})
     missing = [text for text in dict.fromkeys(texts) if text not in kept]
     kept.update(zip(missing, encoder.encode(missing), strict=True))
-    return ArrayTable(np.stack([kept[text] for text in texts]))
+    return np.stack([kept[text] for text in texts])
 
 
 def encode_users(args: IndexArguments, train: TrainPart) -> tuple[InputEncoder, UserDataset]:
@@ -98,7 +99,8 @@ class Judge:
     """What is known of the users' items, to judge codes by: `things` and their base rates, by "train" and "heldout"."""
 
     def __init__(self, data: LeaveOneOut):
-        sequences, later = data.sequences, held_out(data.sequences)
+        sequences = data.sequences
+        later = ~sequences.oldest(train_lengths(sequences.lengths))
         self.users = len(sequences)
         rows = np.repeat(np.arange(self.users), sequences.lengths)
         shape = (self.users, sequences.num_items + 1)

@@ -88,7 +88,7 @@ def index_new_user(users: int, calls: int) -> dict[str, float]:
     import torch
     from retrieval_scale import synthetic_sequences
 
-    from ulmrec_hf.indexing.dataset import ArrayTable, Input, UserDataset, unit
+    from ulmrec_hf.indexing.dataset import Input, UserDataset, unit
     from ulmrec_hf.indexing.indexer import UserIndexer, UserIndexerConfig
     from ulmrec_hf.indexing.inputs import InputEncoder
     from ulmrec_hf.user_index import UserIndex
@@ -96,7 +96,7 @@ def index_new_user(users: int, calls: int) -> dict[str, float]:
     sequences = synthetic_sequences(users + calls, ITEMS)
     item_ids = [f"B{item:09d}" for item in range(ITEMS)]
     vectors = unit(np.random.default_rng(0).standard_normal((ITEMS, ITEM_DIM), dtype=np.float32))
-    inputs = [Input(ArrayTable(vectors), sequences.items - 1)]
+    inputs = [Input(vectors, sequences.items - 1)]
     result = {}
     for attention in (False, True):
         torch.manual_seed(0)

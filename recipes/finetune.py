@@ -3,7 +3,7 @@
     accelerate launch recipes/finetune.py --config recipes/configs/quickstart.yaml
 
 Each stage writes its folder under --output_dir: data/, retriever/, preferences/, index/, model/, report/. The same
-command resumes what was stopped; what is up to date is not run again.
+command resumes where it was stopped; what is up to date is not run again.
 """
 
 import sys
@@ -18,13 +18,13 @@ from ulmrec_hf.console import quiet_imports
 with quiet_imports():
     from ulmrec_hf.data.arguments import DataArguments
     from ulmrec_hf.indexing.arguments import IndexArguments
-    from ulmrec_hf.main_job import Publisher, make_console, make_tuning, prepare_stages, write_report
+    from ulmrec_hf.main_job import make_console, make_tuning, prepare_stages, write_report
     from ulmrec_hf.preferences.arguments import PreferenceArguments
     from ulmrec_hf.retrieval.arguments import RetrieverArguments
     from ulmrec_hf.settings import PipelineArguments, Settings
     from ulmrec_hf.tasks.arguments import TaskArguments
     from ulmrec_hf.trainer import ULMRecTrainingArguments, check_processes
-    from ulmrec_hf.tuning import tune
+    from ulmrec_hf.tuning import Publisher, tune
 
 
 def make_parser() -> TrlParser:

@@ -12,10 +12,7 @@ from trl import TrlParser
 
 from ulmrec_hf.cli import run_alone, run_script
 from ulmrec_hf.data.arguments import DataArguments, StageArguments
-from ulmrec_hf.data.stage import prepare_data
 from ulmrec_hf.indexing.arguments import IndexArguments
-from ulmrec_hf.indexing.stage import encode_inputs, index_users
-from ulmrec_hf.tables import LeaveOneOut
 
 
 def make_parser() -> TrlParser:
@@ -25,6 +22,11 @@ def make_parser() -> TrlParser:
 def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     index, data, stage = make_parser().parse_args_and_config(argv)
+
+    from ulmrec_hf.data.stage import prepare_data
+    from ulmrec_hf.indexing.stage import encode_inputs, index_users
+    from ulmrec_hf.tables import LeaveOneOut
+
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         prepared = prepare_data(data, stage.output_dir, overwrite=stage.overwrite)
         folder = index_users(index, LeaveOneOut.load(prepared), stage.output_dir, overwrite=stage.overwrite)

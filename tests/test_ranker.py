@@ -175,7 +175,7 @@ def test_orders_average_over_permutations(ranker):
     assert {row["item_id"]: row["score"] for row in averaged} == pytest.approx(expected, abs=1e-4)
 
 
-def test_unknown_user_is_ranked_without_index_and_told_once(ranker, caplog):
+def test_unknown_user_is_ranked_without_index_with_one_warning(ranker, caplog):
     fresh = UserRanker(ranker.model, ranker.tokenizer, ranker.settings, user_index=ranker.user_index)
     with caplog.at_level(logging.WARNING):
         first = fresh.prompt("stranger", HISTORY, CANDIDATES)

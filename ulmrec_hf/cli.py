@@ -42,10 +42,10 @@ def run_script(main: Callable[[], None]) -> None:
 
 
 def run_alone(script: str, argv: Sequence[str]) -> None:
-    """Runs a script in one plain process, whatever launcher started this one: small models train there unwrapped.
+    """Runs a script in one plain process, without the launcher that started this one: small models train unwrapped.
 
     Raises:
-        SystemExit: it failed or was interrupted, and has said so.
+        SystemExit: it failed or was interrupted, and has printed why.
     """
     plain = {
         name: value

@@ -40,8 +40,7 @@ class Console:
     Warnings of this package are printed below the headline, each text once.
 
     Args:
-        stages: the names of all stages of the job in their order. Several processes may each run some of them, one
-            after the other, given the same names.
+        stages: the names of all stages of the job in their order, also where several processes each run some of them.
         log_path: the log; it is appended to.
         is_main: whether this process prints headlines; of several that run a stage together, one.
     """

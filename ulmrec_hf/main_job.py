@@ -1,50 +1,40 @@
 """The main job: raw interactions to an evaluated, loadable recommender, stage by stage under one output folder."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow.compute as pc
+from trl import ModelConfig
 
 from .console import Console
 from .data.readers import check_source
 from .data.stage import prepare_data
 from .figures import number
-from .indexing.base import load_indexer
+from .indexing.arguments import IndexArguments
 from .indexing.stage import index_users
 from .metrics import mean, per_user_metrics, top_k_ranks
-from .modeling import BaseSource, load_user_tokenizer, resolve_base
+from .modeling import load_user_tokenizer, resolve_base
 from .preferences.stage import extract_preferences
-from .publishing import ITEMS_FILE, TEMPLATES_FILE, USER_INDEX_FILE, Published, publish_model
-from .ranker import RankerSettings
-from .recommender import Fusion, write_parts
 from .results import run_notes, write_run_report
-from .retrieval.base import load_retriever
 from .retrieval.stage import train_retriever
-from .settings import PipelineArguments, Settings
+from .settings import Settings
 from .stages import stage_fingerprint
 from .systems import RANKER, System, model_folder, task_folder
 from .tables import LeaveOneOut, read_table
+from .tasks.arguments import TaskArguments
 from .tasks.records import MIXTURE
 from .tasks.stage import TaskSources, write_task_stage
 from .tasks.templates import PromptTemplates
+from .tokenization_user import UserTokenizer
 from .tuning import Tuning
 from .user_index import KINDS, UserIndex
 from .verbalizer import LetterVerbalizer
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-    from trl import ModelConfig
-
-    from .indexing.arguments import IndexArguments
-    from .tasks.arguments import TaskArguments
-    from .tokenization_user import UserTokenizer
-
 
 def make_console(settings: Settings) -> Console:
-    """The terminal of a run, with one stage for each folder that it makes; its log is `output_dir/log.txt`."""
+    """The console of a run, with one stage for each folder that it makes; its log is `output_dir/log.txt`."""
     tuned = [system.name for system in (RANKER, *settings.pipeline.systems) if system.tuned]
     names = ["data", "retriever", "preferences", "index", "tasks", *tuned, "report"]
     return Console(names, settings.folder / "log.txt", is_main=settings.training.process_index == 0)
@@ -96,7 +86,7 @@ def _retriever_recall(folder: Path, k: int) -> str:
     return f"Recall@{k} {mean(per_user_metrics(top_k_ranks(ranks, k), [k])[f'recall@{k}']):.3f} (validation)"
 
 
-def make_tokenizer(model: "ModelConfig", index: "IndexArguments") -> "UserTokenizer":
+def make_tokenizer(model: ModelConfig, index: IndexArguments) -> UserTokenizer:
     """The base's tokenizer with a run's user tokens, of which an index in plain text has none."""
     # unused rows would cost memory and, where they are outputs, probability
     levels = index.levels if KINDS[index.index_kind].adds_tokens else 0
@@ -105,15 +95,15 @@ def make_tokenizer(model: "ModelConfig", index: "IndexArguments") -> "UserTokeni
     )
 
 
-def check_letters(tasks: "TaskArguments", tokenizer: "UserTokenizer") -> None:
-    """Raises ValueError where the base's letters are no single tokens: known before anything long is run."""
+def check_letters(tasks: TaskArguments, tokenizer: UserTokenizer) -> None:
+    """Raises ValueError where the base's letters are not single tokens, before anything long is run."""
     fields = dict.fromkeys(("user", "history", "candidates", "letter"), "")
     prompt, _ = PromptTemplates.from_yaml(tasks.prompt_templates).render("next_item", **fields)
     LetterVerbalizer(tokenizer, prompt, tasks.num_candidates)
 
 
 def render_tasks(
-    system: System, tasks: "TaskArguments", sources: TaskSources, run: Path, *, overwrite: bool = False
+    system: System, tasks: TaskArguments, sources: TaskSources, run: Path, *, overwrite: bool = False
 ) -> Path:
     """Renders the tasks of a system of a run as a stage, from the run's sources; returns its folder."""
     configs = None  # all of them
@@ -144,67 +134,12 @@ def make_tuning(settings: Settings) -> Tuning:
     )
 
 
-@dataclass(frozen=True)
-class Publisher:
-    """Fills a run's `model/` with what `Recommender.from_pretrained` reads.
-
-    Attributes:
-        run: the run's output folder.
-        tasks: how the rows of the tuning were made.
-        pipeline: what is written.
-    """
-
-    run: Path
-    tasks: "TaskArguments"
-    pipeline: PipelineArguments
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What decides what is written, for the stage."""
-        names = ("save_merged", "save_user_map", "fusion_ranker", "fusion_retriever")
-        return {name: getattr(self.pipeline, name) for name in names}
-
-    def __call__(
-        self,
-        model: "PreTrainedModel",
-        tokenizer: "UserTokenizer",
-        folder: Path,
-        source: BaseSource,
-        state: Mapping[str, Any] | None,
-    ) -> None:
-        """See `ulmrec_hf.tuning.Publish`."""
-        run, pipeline = self.run, self.pipeline
-        published = Published(
-            source,
-            asdict(RankerSettings.of(self.tasks)),
-            merged=pipeline.save_merged,
-            save_base=source.extended,
-            files={
-                USER_INDEX_FILE: run / "index" / "user_index.parquet" if pipeline.save_user_map else None,
-                ITEMS_FILE: run / "data" / "items.parquet",
-                TEMPLATES_FILE: self.tasks.prompt_templates,
-            },
-        )
-        publish_model(model, tokenizer, folder, published, state_dict=state)
-        write_parts(
-            folder,
-            LeaveOneOut.load(run / "data") if pipeline.save_user_map else None,
-            load_retriever(run / "retriever"),
-            load_indexer(run / "index" / "indexer"),
-            Fusion(pipeline.fusion_ranker, pipeline.fusion_retriever),
-        )
-
-
 def write_report(settings: Settings) -> None:
-    """Writes `report/` from what the stages left, and prints its table and where everything is."""
+    """Writes `report/` from the other stages, and prints its table and where everything is."""
     run, console = settings.folder, make_console(settings)
     tuned = [RANKER, *(system for system in settings.pipeline.systems if system.tuned)]
-    notes = run_notes(
-        settings.retriever,
-        settings.tasks,
-        evidence=settings.preferences.evidence,
-        index_kind=settings.index.index_kind,
-    )
+    evidence, kind = settings.preferences.evidence, settings.index.index_kind
+    notes = run_notes(settings.retriever, settings.tasks, evidence=evidence, index_kind=kind)
     with console.stage("report", run / "report"):
         models = [model_folder(system, run) for system in tuned]
         table = write_run_report(run, models, tasks=settings.tasks, notes=notes)

@@ -93,6 +93,14 @@ def ranks_from_scores(scores: ArrayLike, labels: ArrayLike, valid: ArrayLike | N
     return ranks
 
 
+def pad_scores(lists: Sequence[Sequence[float]]) -> np.ndarray:
+    """Scores of each row's candidates as float32 [rows, most candidates], -inf past a row's own."""
+    scores = np.full((len(lists), max(map(len, lists), default=0)), -np.inf, np.float32)
+    for row, values in zip(scores, lists, strict=True):
+        row[: len(values)] = values
+    return scores
+
+
 def top_k_ranks(ranks: ArrayLike, k: int) -> np.ndarray:
     """Ranks in the whole catalogue (0 = unreachable) as ranks in the top k, float64: past it is a miss, infinity."""
     ranks = np.asarray(ranks, dtype=np.float64)
@@ -117,14 +125,11 @@ def ranking_metrics(ranks: ArrayLike, ks: Sequence[int] = KS) -> dict[str, float
 
 
 def random_order_metrics(num_candidates: ArrayLike, labels: ArrayLike, ks: Sequence[int] = KS) -> dict[str, np.ndarray]:
-    """The exact expected metrics of each user under a uniformly random order of the candidates.
+    """The exact expectation of `per_user_metrics` under a uniformly random order of the candidates.
 
     Args:
         num_candidates: int [users], or one number for all: how many candidates are ordered.
         labels: int [users]; -1 (a miss) expects 0, the place of any other label does not matter.
-
-    Returns:
-        The keys of `per_user_metrics`, float64 [users].
     """
     labels = np.asarray(labels)
     counts = np.broadcast_to(np.asarray(num_candidates, dtype=np.int64), labels.shape)
@@ -147,8 +152,7 @@ def bootstrap_interval(
 
     Args:
         values: float [users], or [users, metrics] for several metrics on the same draws.
-        seed: of the draws.
-        samples: how many draws.
+        seed, samples: of the draws, and how many.
         level: the share of the draws inside the interval.
 
     Returns:
@@ -180,8 +184,7 @@ def paired_bootstrap(
     """The mean of `a - b` over the same users, with its bootstrap interval: (difference, low, high).
 
     Args:
-        a: float [users] or [users, metrics], of one system.
-        b: the same of another system, in the same order of users.
+        a, b: float [users] or [users, metrics], in the same order of users.
         seed, samples, level: see `bootstrap_interval`.
     """
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
@@ -208,7 +211,7 @@ def _load_ranking_metrics() -> type["evaluate.Metric"]:
 
         Predictions are the candidates' scores (float32, higher is better, lengths may differ), references the
         target's position (int32, -1 = not among the candidates). Without any rows the metrics are NaN. Batches are
-        kept in memory, not in the cache folder, unless `keep_in_memory=False` or several processes are asked for.
+        kept in memory by default, unless several processes are asked for.
         """
 
         def __init__(self, *args, keep_in_memory: bool | None = None, num_process: int = 1, **kwargs):
@@ -236,10 +239,8 @@ def _load_ranking_metrics() -> type["evaluate.Metric"]:
             return super().compute(predictions=predictions, references=references, ks=ks, **kwargs)
 
         def _compute(self, predictions, references, ks: Sequence[int] = KS) -> dict[str, float]:
-            scores = np.full((len(predictions), max(map(len, predictions), default=0)), -np.inf, dtype=np.float32)
-            for row, values in zip(scores, predictions, strict=True):
-                row[: len(values)] = values
-            return ranking_metrics(ranks_from_scores(scores, np.asarray(references, dtype=np.int64)), ks)
+            labels = np.asarray(references, dtype=np.int64)
+            return ranking_metrics(ranks_from_scores(pad_scores(predictions), labels), ks)
 
     RankingMetrics.__qualname__ = "RankingMetrics"
     return RankingMetrics

@@ -1,8 +1,7 @@
 """The language model: loading a base, giving it user tokens and an adapter.
 
-A base is extended by the user tokens once. Where it may be saved, the extended base lies beside the adapter; a base
-that stays on the hub is extended in memory, and the adapter carries its user tokens' rows. Either way an adapter holds
-rows of the embedding matrices, never whole matrices.
+Where a base may be saved, it is extended by the user tokens once and saved beside the adapter; a base that stays on
+the hub is extended in memory. Either way an adapter holds the user tokens' rows of the embeddings, not whole matrices.
 """
 
 import os
@@ -13,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from .user_index import KINDS
+from .user_index import KINDS, UserIndex
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from trl import ModelConfig
 
     from .tokenization_user import UserTokenizer
-    from .user_index import UserIndex
 
 EMBEDDED_BASE = "embedded"  # the small Llama that comes with the package
 
@@ -44,9 +42,9 @@ def extend_base(
     Args:
         name_or_path: hub id or folder of a causal language model.
         tokenizer: that base's tokenizer with the user tokens added.
-        folder: where the extended base goes; equal arguments give equal bytes.
+        folder: is made where it is missing; equal arguments give equal bytes.
         seed: of the new rows.
-        dtype: what the weights are stored in; the one they are tuned in lets a plain reload compute the same.
+        dtype: of the stored weights; with the one they are tuned in, a plain reload computes the same.
         revision: branch, tag or commit of a hub id.
 
     Raises:
@@ -63,9 +61,8 @@ class BaseSource:
     """Where the base of a model came from, which saving it needs; `load_base` puts it on the model as `base_source`.
 
     Attributes:
-        path: hub id or folder.
+        path, revision: hub id and its branch, tag or commit; or folder.
         extended: the folder was written by `extend_base`.
-        revision: branch, tag or commit of a hub id.
         seed: of the rows of new tokens.
     """
 
@@ -83,7 +80,7 @@ def resolve_base(name_or_path: str) -> str:
 
 
 def load_base(
-    name_or_path: str, users: "UserIndex | None" = None, *, seed: int = 0, **settings: Any
+    name_or_path: str, users: UserIndex | None = None, *, seed: int = 0, **settings: Any
 ) -> "tuple[PeftModel | PreTrainedModel, UserTokenizer]":
     """A base that knows the user tokens, with an adapter to tune, and its tokenizer.
 
@@ -115,8 +112,8 @@ def load_model(
 ) -> PreTrainedModel:
     """Loads the model to tune, as `trl.ModelConfig` says, with a row for each user token.
 
-    An extended base comes as it lies on disk; any other is extended in memory, and then bears no `name_or_path`: its
-    weights lie nowhere, so that checkpoints neither compare it with the original nor store its matrices.
+    A base that is not yet extended is extended in memory, and then has no `name_or_path`: its weights are nowhere on
+    disk, so that checkpoints neither compare it with the original nor store its matrices.
 
     Args:
         name_or_path: hub id, folder, or a folder written by `extend_base`.
@@ -155,13 +152,8 @@ def extend_vocabulary(
     """Gives the model a row for each token that the tokenizer has and the base's own has not; returns whether it did.
 
     New rows are drawn from a normal distribution with the old rows' own mean and deviation in each dimension, so that
-    users differ from the first step on. A matrix that is large enough already (padded) keeps its size.
-
-    Args:
-        model: the base, in memory.
-        tokenizer: the tokenizer with the user tokens.
-        name_or_path: where the base's own tokenizer is.
-        seed: of the new rows; the same rows come out on every device.
+    users differ from the first step on; they are the same on every device. A matrix that is large enough already
+    (padded) keeps its size. `name_or_path` is where the base's own tokenizer is.
     """
     size = model.get_input_embeddings().weight.shape[0]
     known = _from_pretrained(AutoTokenizer, name_or_path, "tokenizer", revision=revision).get_vocab()
@@ -185,15 +177,14 @@ def extend_vocabulary(
 def add_adapter(
     model: PreTrainedModel, model_config: "ModelConfig", tokenizer: "UserTokenizer", *, seed: int = 0
 ) -> "PeftModel | PreTrainedModel":
-    """Wraps the base so that only LoRA weights and the user tokens' rows are trained.
+    """Wraps what `load_model` returned so that only LoRA weights and the user tokens' rows are trained.
 
     Rows of the input embeddings and, where untied, of the output layer are trained: two of the tasks answer with user
-    tokens. Without user tokens no row is. With `use_peft: false` the model comes back as it is, all of it trainable.
+    tokens. Without user tokens no row is. With `use_peft: false` the model is returned as it is, all of it trainable.
 
     Args:
-        model: what `load_base` returned.
         model_config: the `lora_*` settings are read.
-        tokenizer: knows which rows are those of user tokens.
+        tokenizer: which rows are the user tokens'.
         seed: of LoRA's initial weights.
     """
     if not model_config.use_peft:

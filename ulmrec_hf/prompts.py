@@ -26,18 +26,14 @@ _MARKUP = re.compile(r"<(?=[^\s<>]+>)|\[(?=/?[A-Z_]+\])|#(?=#)")
 def neutralise(text: str, reserved: Iterable[str] = ()) -> str:
     """Makes text from users or items harmless as prompt text: one line, no control token, no section header.
 
-    A space is put into whatever a tokenizer could read as a control token (`<a_3>`, `</s>`, `<|im_start|>`, `[INST]`)
-    or a reader as a section header (`### Response:`); the words stay readable.
-
-    Args:
-        text: a title, a review or a preference.
-        reserved: further strings to break up, such as all added tokens of the tokenizer in use.
+    A space is put into what a tokenizer could read as a control token (`<a_3>`, `</s>`, `<|im_start|>`, `[INST]`) or a
+    reader as a section header (`### Response:`), and into `reserved` strings, see `reserved_tokens`.
     """
     text = " ".join(_INVISIBLE.sub(" ", text.translate(_LOOKALIKES)).split())
     text = _MARKUP.sub(lambda match: match.group() + " ", text)
     for token in reserved:
         cut = len(token) - len(token.lstrip()) + 1  # behind its first visible character
-        # again and again, for a token such as "aa" occurs anew in what a first pass makes of "aaa"
+        # repeatedly, since a token such as "aa" occurs again in what a first pass makes of "aaa"
         while len(token.strip()) > 1 and token in text:
             text = text.replace(token, token[:cut] + " " + token[cut:])
     return text
@@ -55,7 +51,7 @@ def clean_titles(
     """Titles as a prompt shows them: neutralised, cut to `max_tokens` tokens, `(none)` where nothing is left.
 
     Args:
-        tokenizer: a fast one, which knows where tokens begin.
+        tokenizer: a fast one, since only these say where a token begins.
         reserved: what `reserved_tokens(tokenizer)` returned.
 
     Returns:
@@ -157,9 +153,6 @@ def fit_history(
     """
     for dropped in range(removable + 1):
         prompt, completion = render(dropped)
-        if bound <= max_length:
-            return prompt, completion
-        length = count_tokens(tokenizer, prompt, completion)
-        if length <= max_length:
+        if bound <= max_length or (length := count_tokens(tokenizer, prompt, completion)) <= max_length:
             return prompt, completion
     raise ValueError(f"max_length is {max_length}, but {subject} has {length} tokens even without history: {advice}.")

@@ -3,6 +3,7 @@
 import numpy as np
 
 SPLITS = ("train", "validation", "test")
+EVALUATED = SPLITS[1:]
 HELD_OUT = 2  # a user's last item is the test target, the one before it the validation target
 MIN_ITEMS = HELD_OUT + 1  # fewer leave nothing to train on
 MISS = -1  # the label of a row whose candidates do not hold the target, or whose task ranks nothing

@@ -20,12 +20,8 @@ if TYPE_CHECKING:
     from .tokenization_user import UserTokenizer
 
 ADAPTER, BASE, MERGED = "adapter", "base", "merged"
-RANKER_FILE, USER_INDEX_FILE, ITEMS_FILE, TEMPLATES_FILE = (
-    "ranker.json",
-    "user_index.parquet",
-    "items.parquet",
-    "templates.yaml",
-)
+RANKER_FILE, TEMPLATES_FILE = "ranker.json", "templates.yaml"
+USER_INDEX_FILE, ITEMS_FILE = "user_index.parquet", "items.parquet"
 
 
 @dataclass(frozen=True)
@@ -34,11 +30,11 @@ class Published:
 
     Attributes:
         base: where the base came from.
+        settings: written to ranker.json; see `ulmrec_hf.ranker.RankerSettings`.
         save_base: publish the base with its user tokens as `base/`; by default if it is a folder, or was extended in
             one. Otherwise the adapter names the hub id, or for a folder the word `base`: put the base there to load it.
-        settings: written to ranker.json; see `ulmrec_hf.ranker.RankerSettings`.
         merged: write `merged/` too, the adapter merged into the base in the dtype it was tuned in (quantised bases are
-            merged unquantised, since merging into 4 bits rounds anew).
+            merged unquantised, since merging into 4 bits rounds again).
         files: further files, by their name in the folder: `USER_INDEX_FILE`, `ITEMS_FILE`, `TEMPLATES_FILE`. User ids
             are personal data: no user map is written that is not given here. None is left out.
     """
@@ -65,8 +61,8 @@ def publish_model(
     Args:
         model: the tuned model (a PeftModel, or after full tuning a plain model), not wrapped for distributed training.
         tokenizer: saved with each of the models.
-        folder: where all of it goes.
-        published: what goes there with it.
+        folder: is made where it is missing.
+        published: what is written beside the weights.
         state_dict: the gathered weights, where the training was sharded.
     """
     folder, source = Path(folder), published.base
@@ -101,7 +97,6 @@ def load_published(
     """Loads what `publish_model` wrote, in the dtype it was tuned in, for inference.
 
     Args:
-        folder: the published folder.
         base: hub id or folder of the base to put the adapter on, instead of the one it names; `merged/` is used where
             it exists and no base is given.
         model_kwargs: handed to `AutoModelForCausalLM.from_pretrained` (dtype, device_map, quantization_config).

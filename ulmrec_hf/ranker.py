@@ -42,19 +42,11 @@ if TYPE_CHECKING:
     from .tasks.dataset import AlignmentTasks
 
 logger = logging.getLogger(__name__)
-TASK = "next_item"
 
 
 @dataclass(frozen=True)
 class RankerSettings:
-    """What the prompts of the tuning looked like, which ranking must repeat; part of ranker.json.
-
-    Attributes:
-        num_candidates: most candidates, one letter each.
-        max_history: newest items shown.
-        max_title_tokens: longer titles are cut.
-        max_length: most tokens of a prompt with its answer; the oldest history goes first.
-    """
+    """The fields of `TaskArguments` in tuning that the prompts of ranking must repeat; part of ranker.json."""
 
     num_candidates: int = 20
     max_history: int = 20
@@ -71,9 +63,7 @@ class UserRanker:
     """Ranks a user's candidates by the letter logits of one forward pass.
 
     Args:
-        model: the tuned language model.
-        tokenizer: the tokenizer of the tuning.
-        settings: as in tuning.
+        model, tokenizer, settings: as in tuning.
         templates: as in tuning; the package's own by default.
         user_index: spells a user id as in tuning; without one every user is ranked by history alone.
         titles: the title of each item id.
@@ -120,10 +110,9 @@ class UserRanker:
         )
 
     def save_pretrained(self, folder: str | os.PathLike, *, user_map: bool = True, merged: bool = False) -> None:
-        """Writes what `from_pretrained` reads, see `ulmrec_hf.publishing.publish_model`.
+        """Writes what `from_pretrained` reads; other files in the folder are left alone.
 
         Args:
-            folder: is made where it is missing; other files in it are left alone.
             user_map: write the users' indices with their ids, which are personal data.
             merged: also write the adapter merged into its base.
         """
@@ -191,7 +180,7 @@ class UserRanker:
         """Ranks candidates for a user, best first.
 
         Args:
-            user_id: a user without an index is ranked by history alone, which is logged once.
+            user_id: a user without an index is ranked by history alone, with a warning the first time.
             history: item ids or titles, oldest first; the newest `max_history` are shown.
             candidates: item ids or titles; a string that is no known item id is taken as a title.
             orders: 1 shows the candidates as given; more averages the scores over that many seeded permutations.
@@ -231,7 +220,7 @@ class UserRanker:
         """The prompt of the next-item task, the same as in tuning.
 
         Args:
-            user_id: None = somebody without an index.
+            user_id: None = a user without an index.
             history, candidates: see `rank`, also for the errors.
             index: where this user's index is; by default in the ranker's own map, if at all.
         """
@@ -262,7 +251,7 @@ class UserRanker:
     def scores(self, prompts: Sequence[str], num_candidates: int, *, batch_size: int = 8) -> np.ndarray:
         """Letter logits float32 [prompts, num_candidates], in the order of the letters.
 
-        Prompts of like length share a batch; each is one forward pass, of which the last position alone is read.
+        Prompts of similar length share a batch, which is one forward pass; only its last position is read.
         """
         self._check_candidates(num_candidates)
         if batch_size < 1:
@@ -295,20 +284,14 @@ class UserRanker:
         return self._verbalizer.scores(logits).cpu().numpy()
 
     def _render(self, user: str, history: Sequence[str], candidates: Sequence[str]) -> str:
-        prompt, _ = self.templates.render(
-            TASK,
-            user=user,
-            history=render_history(history),
-            candidates=render_candidates(candidates),
-            letter="",
-        )
-        return prompt
+        fields = {"history": render_history(history), "candidates": render_candidates(candidates)}
+        return self.templates.render("next_item", user=user, letter="", **fields)[0]
 
     def _spell(self, user_id: str | None) -> str:
         if self.user_index is None or user_id is None:
             return ""
         if not isinstance(user_id, str):
-            raise ValueError(f"user ids are strings, {str(user_id)!r} say; got {user_id!r}.")
+            raise ValueError(f"user ids are strings, {str(user_id)!r} for example; got {user_id!r}.")
         if user_id in self.user_index:
             return spell_user(self.user_index, user_id, self._reserved)
         if not self._warned_of_unknown:

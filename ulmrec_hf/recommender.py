@@ -1,4 +1,4 @@
-"""Recommender: a user id, or a history and what somebody wrote, in; the best items with titles and scores out."""
+"""Recommender: a user id, or a new user's history and reviews, in; the best items with titles and scores out."""
 
 import logging
 import os
@@ -24,7 +24,7 @@ from .user_index import UserIndex
 logger = logging.getLogger(__name__)
 RETRIEVER, INDEXER, SEQUENCES_FILE = "retriever", "indexer", "sequences.parquet"
 _BLOCK = 1024  # requests that are retrieved and ranked together
-_NOBODY = "new user"
+_NEW_USER = "new user"
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class Request:
     """Who asks for recommendations, and what is known of them.
 
     Attributes:
-        user_id: a known user; None for somebody new.
+        user_id: a known user; None for a new one.
         history: item ids or titles, oldest first; None = what the data knows of the user.
-        reviews: what somebody without an index wrote, oldest first.
+        reviews: what a user without an index wrote, oldest first.
     """
 
     user_id: str | None = None
@@ -109,10 +109,8 @@ class Recommender:
     def from_pretrained(cls, folder: str | os.PathLike, base: str | os.PathLike | None = None, **settings: Any) -> Self:
         """Loads the folder `model/` of a run, or what `save_pretrained` wrote, wherever it was moved.
 
-        Args:
-            folder: holds a `UserRanker`'s files, retriever/, items.parquet and, where they were saved, indexer/ and
-                sequences.parquet, the users' histories.
-            base, settings: see `UserRanker.from_pretrained`.
+        It holds a `UserRanker`'s files, retriever/, items.parquet and, where they were saved, indexer/ and
+        sequences.parquet, the users' histories. For `base` and `settings` see `UserRanker.from_pretrained`.
 
         Raises:
             ValueError: something is missing there.
@@ -122,18 +120,15 @@ class Recommender:
         fusion = Fusion(**read_ranker_file(folder).get("fusion", {}))
         indexer = load_indexer(folder / INDEXER) if (folder / INDEXER).is_dir() else None
         data = LeaveOneOut(folder=folder)
-        if not (folder / SEQUENCES_FILE).is_file():  # nobody's history was to be published
-            nobody = pa.schema([("user", pa.int32()), ("user_id", pa.string()), ("items", pa.list_(pa.int32()))])
-            data = LeaveOneOut({"items": data.catalogue, "sequences": nobody.empty_table()})
+        if not (folder / SEQUENCES_FILE).is_file():  # histories were not to be published
+            no_users = pa.schema([("user", pa.int32()), ("user_id", pa.string()), ("items", pa.list_(pa.int32()))])
+            data = LeaveOneOut({"items": data.catalogue, "sequences": no_users.empty_table()})
         return cls(data, load_retriever(folder / RETRIEVER), ranker, indexer=indexer, fusion=fusion)
 
     def save_pretrained(self, folder: str | os.PathLike, *, user_map: bool = True, merged: bool = False) -> None:
-        """Writes what `from_pretrained` reads; see `UserRanker.save_pretrained`.
+        """Writes what `from_pretrained` reads, with `user_map` also indices and histories with the users' ids.
 
-        Args:
-            folder: is made where it is missing; other files in it are left alone.
-            user_map: write indices and histories with the users' ids, which are personal data.
-            merged: also write the adapter merged into its base.
+        For the arguments see `UserRanker.save_pretrained`.
         """
         self.ranker.save_pretrained(folder, user_map=user_map, merged=merged)
         write_parts(folder, self.data if user_map else None, self.retriever, self.indexer, self.fusion)
@@ -169,16 +164,12 @@ class Recommender:
         batch_size: int = 32,
         progress: bool = True,
     ) -> Iterator[list[dict[str, Any]]]:
-        """What `recommend` gives, for any number of requests, streamed in their order.
+        """What `recommend` gives, for any number of requests, streamed in their order; see there for the errors.
 
         Args:
             requests: `Request`s, dicts of their fields, or ids of known users.
-            k: see `recommend`.
             batch_size: prompts a forward pass.
             progress: show a bar.
-
-        Raises:
-            ValueError: see `recommend`.
         """
         most = self.ranker.settings.num_candidates
         if type(k) is not int or not 1 <= k <= most:
@@ -252,8 +243,8 @@ class Recommender:
                 self._warn_once("%r is not in the catalogue: it is shown to the ranker as a title", unknown)
         index = self.users
         if index is not None and (user_id is None or user_id not in index):
-            index = self._index_of_new_user(user_id or _NOBODY, history, request.reviews)
-            user_id = _NOBODY if user_id is None and index is not None else user_id
+            index = self._index_of_new_user(user_id or _NEW_USER, history, request.reviews)
+            user_id = _NEW_USER if user_id is None and index is not None else user_id
         return _Asker(user_id, history, items, index)
 
     def _index_of_new_user(self, user_id: str, history: list[str], reviews: Sequence[str]) -> UserIndex | None:
@@ -282,13 +273,7 @@ def write_parts(
     indexer: Indexer | None,
     fusion: Fusion,
 ) -> None:
-    """Adds to a published ranker's folder what a `Recommender` needs besides it.
-
-    Args:
-        folder: holds ranker.json and items.parquet.
-        data: whose histories are written, with the users' ids; None writes none.
-        retriever, indexer, fusion: see `Recommender`.
-    """
+    """Adds to a published ranker's folder what a `Recommender` needs besides; histories where `data` is given."""
     folder = Path(folder)
     for name, part in ((RETRIEVER, retriever), (INDEXER, indexer)):
         if part is not None:

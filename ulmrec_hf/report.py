@@ -32,8 +32,7 @@ class Report:
 
     Args:
         in_candidates: for each split, bool [users]: whether the candidates hold the user's target.
-        num_candidates: how many candidates a user has; with `in_candidates` it gives the retriever's Recall@k, which
-            no ranker of these candidates can exceed.
+        num_candidates: how many candidates a user has.
         notes: sentences about the protocol (evidence, order, seeds...), shown in report.md.
         ks: the cut-offs of the metrics.
         seed, samples, level: of the bootstrap; see `ulmrec_hf.metrics.bootstrap_interval`.
@@ -95,7 +94,7 @@ class Report:
         return {system for system, _ in self._values}
 
     def ceiling(self, split: str) -> float:
-        """The retriever's Recall@num_candidates: the share of users whose target is among the candidates."""
+        """The retriever's Recall@num_candidates, which no ranker of these candidates can exceed."""
         return mean(self.in_candidates[split])
 
     def rows(self) -> list[dict[str, Any]]:
@@ -114,10 +113,7 @@ class Report:
         return rows
 
     def comparisons(self, pairs: Iterable[tuple[str, str]]) -> list[dict[str, Any]]:
-        """The rows of comparisons.json: a minus b over the same users, by paired bootstrap.
-
-        Args:
-            pairs: names (a, b) of systems; a split is compared where it holds both.
+        """The rows of comparisons.json: for pairs (a, b) of systems, a minus b over the same users of each split.
 
         Raises:
             ValueError: no split holds both systems of a pair.
@@ -126,8 +122,9 @@ class Report:
         for a, b in pairs:
             splits = [split for split in self.in_candidates if {(a, split), (b, split)} <= self._values.keys()]
             if not splits:
-                known = sorted({system for system, _ in self._values})
-                raise ValueError(f"cannot compare {a!r} with {b!r}: no split holds both. The report has {known}.")
+                raise ValueError(
+                    f"cannot compare {a!r} with {b!r}: no split holds both. The report has {sorted(self.systems)}."
+                )
             for split in splits:
                 for scope in SCOPES:
                     users = self._users(split, scope)
@@ -139,11 +136,7 @@ class Report:
         return rows
 
     def write(self, folder: str | os.PathLike, pairs: Iterable[tuple[str, str]] = ()) -> list[dict[str, Any]]:
-        """Writes metrics.json, comparisons.json, report.md, metrics.png into `folder`; equal results, equal bytes.
-
-        Returns:
-            `rows()`, for `summary`.
-        """
+        """Writes metrics.json, comparisons.json, report.md and metrics.png into `folder`; returns `rows()`."""
         rows, comparisons = self.rows(), self.comparisons(pairs)
         folder = Path(folder)
         write_json(folder / "metrics.json", rows)
@@ -182,10 +175,7 @@ class Report:
         return "\n\n".join(parts) + "\n"
 
     def summary(self, rows: Sequence[Mapping[str, Any]], split: str = "test") -> str:
-        """A short plain-text table for a terminal: a row for each system, the best NDCG@k over all users first.
-
-        The cut-off k is 10, or the nearest below that the report has.
-        """
+        """A short plain-text table for a terminal: the best NDCG@10, or nearest below, over all users first."""
         ndcg, recall = f"ndcg@{self._shown}", f"recall@{self._shown}"
         columns = [(ndcg, "rank"), (ndcg, "overall"), (recall, "overall")]
         systems: dict[str, dict[str, Mapping[str, Any]]] = {}
@@ -236,11 +226,7 @@ def plot_metrics(
     split: str = "test",
     highlight: str = "ulmrec",
 ) -> None:
-    """Bars of one metric with their intervals, a panel for each scope, a bar for each system, in the rows' order.
-
-    Args:
-        highlight: the system that stands out; the others are grey.
-    """
+    """Bars of one metric with their intervals: a panel for each scope, a bar for each system, `highlight` in blue."""
     rows = [row for row in rows if row["split"] == split and row[metric] is not None]
     systems = list(dict.fromkeys(row["system"] for row in rows))
 
@@ -252,7 +238,7 @@ def plot_metrics(
                 if system not in chosen:
                     continue
                 value, low, high = (chosen[system][name] for name in (metric, f"{metric}_low", f"{metric}_high"))
-                # Rounding can put the mean of equal values a hair outside their interval.
+                # Rounding can put the mean of equal values just outside of their interval.
                 error = [[max(0.0, value - low)], [max(0.0, high - value)]]
                 color = BLUE if system == highlight else GREY
                 axes.barh(place, value, xerr=error, color=color, height=0.66, error_kw={"lw": 1.2, "capsize": 3})
@@ -269,11 +255,7 @@ def plot_metrics(
 
 
 def plot_training(path: str | os.PathLike, runs: Mapping[str, Sequence[Mapping[str, Any]]], k: int = 10) -> None:
-    """Training loss and validation NDCG@k over the steps of several runs.
-
-    Args:
-        runs: name -> the Trainer's `log_history`: dicts with `step` and either `loss` or `eval_...ndcg@k`.
-    """
+    """Training loss and validation NDCG@k over the steps of several runs, by name: the Trainer's `log_history`."""
 
     def draw(figure: "Figure") -> None:
         loss_axes, ndcg_axes = figure.subplots(1, 2)
@@ -301,11 +283,7 @@ def plot_training(path: str | os.PathLike, runs: Mapping[str, Sequence[Mapping[s
 
 
 def plot_code_use(path: str | os.PathLike, codes: ArrayLike, codebook_size: int) -> None:
-    """How many users each code has, a panel for each level, most used first, beside an even use.
-
-    Args:
-        codes: int [users, levels], each in [0, codebook_size).
-    """
+    """How many users have each of `codes`, int [users, levels] in [0, codebook_size): a panel for each level."""
     codes = np.asarray(codes, dtype=np.int64)
     if codes.ndim != 2 or not 0 <= codes.min(initial=0) <= codes.max(initial=0) < codebook_size:
         raise ValueError(f"codes must be [users, levels] in 0 to {codebook_size - 1}; got shape {codes.shape}.")
@@ -331,7 +309,7 @@ def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[f
 
 
 def _plain(value: float) -> float | None:
-    # Six decimals: far below any interval, and the same whatever the order in which a machine adds.
+    # Six decimals: far below any interval, and independent of the order in which a machine adds.
     return None if math.isnan(value) else round(float(value), 6) + 0.0
 
 

@@ -1,38 +1,33 @@
-"""Reports of a run, a retriever or a tuned model, all assembled in one place from what the stages left."""
+"""Reports of a run, a retriever or a tuned model, assembled from the stages' folders."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import ArrayLike
 
-from .metrics import KS, random_order_metrics, ranks_from_scores, top_k_ranks
-from .protocol import MISS, SPLITS
+from .metrics import KS, pad_scores, random_order_metrics, ranks_from_scores, top_k_ranks
+from .protocol import EVALUATED, MISS
 from .report import Report, plot_code_use, plot_training
+from .retrieval.arguments import RetrieverArguments
 from .retrieval.stage import protocol_notes
 from .stages import run_stage, stage_fingerprint
 from .systems import COMPARED, RANKER
 from .tables import read_table
+from .tasks.arguments import TaskArguments
 from .user_index import KINDS, UserIndex
 
-if TYPE_CHECKING:
-    from .retrieval.arguments import RetrieverArguments
-    from .tasks.arguments import TaskArguments
-
-EVALUATED = SPLITS[1:]
 LEAVE_ONE_OUT = "Leave-one-out: the last item of each user is the test target, the one before it the validation target."
 _RETRIEVER_KS = (5, 10, 20)
 # system, split, ranks or metrics of every user, the order in which it saw the candidates
 Entry = tuple[str, str, ArrayLike | Mapping[str, ArrayLike], str]
 
 
-def write_run_report(
-    folder: Path, models: Sequence[Path], *, tasks: "TaskArguments", notes: Sequence[str], name: str = "report"
-) -> str:
+def write_run_report(folder: Path, models: Sequence[Path], *, tasks: TaskArguments, notes: Sequence[str]) -> str:
     """Writes the stage `report/` of the main job; returns a table for the terminal.
 
     Args:
@@ -40,7 +35,6 @@ def write_run_report(
         models: the stages of the tuned systems, that of the ranker first.
         tasks: how the rows were made.
         notes: sentences about the protocol.
-        name: of the stage's folder.
     """
     predictions = pa.concat_tables(read_table(model / "predictions.parquet") for model in models)
     k, own = tasks.num_candidates, predictions.filter(pc.field("system") == RANKER.name)
@@ -54,8 +48,8 @@ def write_run_report(
         ranks = _of(candidates, split=split).sort_by("user")["target_rank"]
         entries.append(("retriever", split, top_k_ranks(ranks, k), "retriever"))
         for system in pc.unique(predictions["system"]).to_pylist():
-            rows = _of(predictions, split=split, system=system)
-            entries.append((system, split, _ranks(rows["scores"].to_pylist(), labels[split]), tasks.evaluation_order))
+            scores = pad_scores(_of(predictions, split=split, system=system)["scores"].to_pylist())
+            entries.append((system, split, ranks_from_scores(scores, labels[split]), tasks.evaluation_order))
     report = assemble_report({split: labels[split] != MISS for split in EVALUATED}, k, entries, notes)
 
     def plot(partial: Path) -> None:
@@ -67,10 +61,10 @@ def write_run_report(
     stages = [folder / "retriever", folder / "index", folder / "data" / "tasks", *models]
     inputs = {stage.relative_to(folder).as_posix(): stage_fingerprint(stage) for stage in stages}
     pairs = [pair for pair in COMPARED if set(pair) <= report.systems]
-    return _write_stage(report, folder / name, {"notes": notes}, inputs, pairs, plot)
+    return _write_stage(report, folder / "report", {"notes": notes}, inputs, pairs, plot)
 
 
-def write_retriever_report(stage: Path, folder: Path, args: "RetrieverArguments") -> str:
+def write_retriever_report(stage: Path, folder: Path, args: RetrieverArguments) -> str:
     """Writes the stage `folder`, the report of a retrieval stage; returns a table for the terminal."""
     entries = [entry for split in EVALUATED for entry in _own_order(stage, split, args.num_candidates)]
     found = {split: np.isfinite(ranks) for system, split, ranks, _ in entries if system == args.retriever}
@@ -87,7 +81,6 @@ def write_ranker_report(folder: Path, split: str, scores: np.ndarray, labels: np
     """Writes metrics of one model's scores into `folder`; returns a table for the terminal.
 
     Args:
-        folder: where to write.
         split: the split that was scored.
         scores: float32 [users, candidates], -inf past a user's own candidates.
         labels: int [users], the target's place, -1 = a miss.
@@ -113,7 +106,7 @@ def assemble_report(
     return report
 
 
-def run_notes(retriever: "RetrieverArguments", tasks: "TaskArguments", *, evidence: str, index_kind: str) -> list[str]:
+def run_notes(retriever: RetrieverArguments, tasks: TaskArguments, *, evidence: str, index_kind: str) -> list[str]:
     """What the report of a run must say of its protocol."""
     return [
         LEAVE_ONE_OUT,
@@ -161,10 +154,3 @@ def _of(table: pa.Table, **columns: Any) -> pa.Table:
     for name, value in columns.items():
         table = table.filter(pc.field(name) == value)
     return table
-
-
-def _ranks(lists: Sequence[Sequence[float]], labels: np.ndarray) -> np.ndarray:
-    scores = np.full((len(lists), max(map(len, lists), default=0)), -np.inf, np.float32)
-    for row, values in zip(scores, lists, strict=True):
-        row[: len(values)] = values
-    return ranks_from_scores(scores, labels)

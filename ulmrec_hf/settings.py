@@ -2,20 +2,18 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-from .stages import check_types
+from trl import ModelConfig
+
+from .data.arguments import DataArguments
+from .indexing.arguments import IndexArguments
+from .preferences.arguments import PreferenceArguments
+from .retrieval.arguments import RetrieverArguments
+from .stages import check_types, setting
 from .systems import ABLATIONS, System
-
-if TYPE_CHECKING:
-    from trl import ModelConfig
-
-    from .data.arguments import DataArguments
-    from .indexing.arguments import IndexArguments
-    from .preferences.arguments import PreferenceArguments
-    from .retrieval.arguments import RetrieverArguments
-    from .tasks.arguments import TaskArguments
-    from .trainer import ULMRecTrainingArguments
+from .tasks.arguments import TaskArguments
+from .trainer import ULMRecTrainingArguments
 
 
 @dataclass
@@ -26,13 +24,9 @@ class PipelineArguments:
         ValueError: a setting has a value that cannot be used; the message names the setting.
     """
 
-    retriever_config: str | None = field(default=None, metadata={"help": "YAML of the retriever; default: LRURec."})
-    preference_config: str | None = field(
-        default=None, metadata={"help": "YAML of the preference extraction; default: key phrases."}
-    )
-    index_config: str | None = field(
-        default=None, metadata={"help": "YAML of the user indexing; default: its defaults."}
-    )
+    retriever_config: str | None = setting(None, "YAML of the retriever; default: LRURec.")
+    preference_config: str | None = setting(None, "YAML of the preference extraction; default: key phrases.")
+    index_config: str | None = setting(None, "YAML of the user indexing; default: its defaults.")
     ablations: list[str] = field(
         default_factory=list,
         metadata={
@@ -41,32 +35,18 @@ class PipelineArguments:
             + "."
         },
     )
-    validation_users: int = field(
-        default=0, metadata={"help": "Users whose validation chooses the best model while tuning; 0 = all."}
+    validation_users: int = setting(0, "Users whose validation chooses the best model while tuning; 0 = all.")
+    save_merged: bool = setting(False, "Also write model/merged, the adapter merged into its base.")
+    save_base: bool | None = setting(
+        None, "Write model/base, the base with user tokens. Default: yes for a folder, no for a hub id."
     )
-    save_merged: bool = field(
-        default=False, metadata={"help": "Also write model/merged, the adapter merged into its base."}
+    save_user_map: bool = setting(
+        True, "Put the users' ids with their indices and histories beside the model; ids are personal data."
     )
-    save_base: bool | None = field(
-        default=None,
-        metadata={"help": "Write model/base, the base with user tokens. Default: yes for a folder, no for a hub id."},
-    )
-    save_user_map: bool = field(
-        default=True,
-        metadata={
-            "help": "Put the users' ids with their indices and histories beside the model; ids are personal data."
-        },
-    )
-    fusion_ranker: float = field(
-        default=1.0, metadata={"help": "Weight of the ranker's log-probabilities in a recommendation's score."}
-    )
-    fusion_retriever: float = field(
-        default=0.0, metadata={"help": "Weight of the retriever's log-probabilities in a recommendation's score."}
-    )
-    prepare_only: bool = field(default=False, metadata={"help": "Stop before the tuning."})
-    overwrite: bool = field(
-        default=False, metadata={"help": "Run again what was made with other settings, instead of refusing."}
-    )
+    fusion_ranker: float = setting(1.0, "Weight of the ranker's log-probabilities in a recommendation's score.")
+    fusion_retriever: float = setting(0.0, "Weight of the retriever's log-probabilities in a recommendation's score.")
+    prepare_only: bool = setting(False, "Stop before the tuning.")
+    overwrite: bool = setting(False, "Run again what was made with other settings, instead of refusing.")
 
     def __post_init__(self):
         check_types(self)
@@ -85,14 +65,14 @@ class PipelineArguments:
 class Settings(NamedTuple):
     """All settings of a run."""
 
-    data: "DataArguments"
-    retriever: "RetrieverArguments"
-    preferences: "PreferenceArguments"
-    index: "IndexArguments"
-    tasks: "TaskArguments"
+    data: DataArguments
+    retriever: RetrieverArguments
+    preferences: PreferenceArguments
+    index: IndexArguments
+    tasks: TaskArguments
     pipeline: PipelineArguments
-    model: "ModelConfig"
-    training: "ULMRecTrainingArguments"
+    model: ModelConfig
+    training: ULMRecTrainingArguments
 
     @property
     def folder(self) -> Path:

@@ -5,7 +5,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args
@@ -22,7 +22,7 @@ class Processes:
 
     Args:
         is_main: whether this process writes; of several processes, one.
-        wait: returns when all processes have come here.
+        wait: returns when all processes have called it.
     """
 
     is_main: bool = True
@@ -42,6 +42,11 @@ def stage_fingerprint(folder: str | os.PathLike) -> str:
     if not record.is_file():
         raise ValueError(f"{folder} is not a finished stage: {RECORD} is missing there. Run the earlier stage first.")
     return _read_record(record)["fingerprint"]
+
+
+def setting(default: Any, help: str, **metadata: Any) -> Any:
+    """A dataclass field as `transformers.HfArgumentParser` reads it; `metadata` may hold `choices`."""
+    return field(default=default, metadata={"help": help, **metadata})
 
 
 def check_types(settings: Any) -> None:
@@ -77,16 +82,20 @@ def stage_is_current(
         return True
     if overwrite:
         return False
-    differences = [
-        f"{name} was {json.dumps(old[part].get(name))}, is {json.dumps(new[part].get(name))}"
-        for part in ("settings", "inputs")
-        for name in sorted({*old[part], *new[part]})
-        if old[part].get(name) != new[part].get(name)
-    ]
+    changes = [change for part in ("settings", "inputs") for change in differences(old[part], new[part])]
     raise ValueError(
-        f"{folder} was made with other settings: {'; '.join(differences)}. "
+        f"{folder} was made with other settings: {'; '.join(changes)}. "
         "Choose another output_dir, or pass --overwrite to run again what changed."
     )
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What changed from one JSON-able record to another, for messages."""
+    return [
+        f"{name} was {json.dumps(old.get(name))}, is {json.dumps(new.get(name))}"
+        for name in sorted({*old, *new})
+        if old.get(name) != new.get(name)
+    ]
 
 
 def run_stage(
@@ -102,10 +111,10 @@ def run_stage(
     """Runs `build(partial_folder)` unless `folder` already holds this very stage; returns `folder`.
 
     Args:
-        folder: where the finished stage stands.
+        folder: of the finished stage.
         settings: JSON-able settings that decide the stage's content.
         inputs: fingerprints or file hashes of what it reads.
-        build: fills the folder it is given; what it raises leaves the old folder untouched.
+        build: fills the folder it is given; where it raises, the old folder is untouched.
         overwrite: rebuild a stage that has other settings or inputs instead of refusing.
         resume: keep what a killed attempt with the same settings left in the partial folder.
         processes: those that call this together, each with the same arguments.
@@ -117,7 +126,7 @@ def run_stage(
     if stage_is_current(folder, settings, inputs, overwrite=overwrite):
         logger.info("%s is up to date", folder)
         return folder
-    processes.wait()  # nobody may begin to write before all have looked
+    processes.wait()  # no process may write before all have looked
     if processes.is_main:
         begin_stage(folder, settings, inputs, resume=resume)
     processes.wait()
@@ -147,7 +156,7 @@ def begin_stage(
         logger.warning("%s is begun anew: %s", partial, error)
         begun = None
     if not resume or begun != record:
-        shutil.rmtree(partial, ignore_errors=True)  # what lies there belongs to other settings
+        shutil.rmtree(partial, ignore_errors=True)  # its content belongs to other settings
         partial.mkdir(parents=True)
         write_json(partial / RECORD, record)
 

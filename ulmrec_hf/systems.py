@@ -39,7 +39,7 @@ class System:
         return users.shuffled(seed) if self.index == "shuffled" else None
 
     def folder(self, run: Path) -> Path:
-        """Where its `model` and `tasks` lie in a run's output folder."""
+        """Where its `model` and `tasks` are in a run's output folder."""
         return run / "ablations" / self.name.removeprefix(f"{RANKER.name}_")
 
 

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .files import hash_value
-from .protocol import HELD_OUT, train_lengths
+from .protocol import train_lengths
 
 INTERACTIONS = pa.schema(
     [
@@ -92,8 +92,8 @@ class Sequences:
     Attributes:
         items: int32 [interactions], dense item ids in 1..num_items.
         offsets: int64 [users + 1]; user u has `items[offsets[u]:offsets[u + 1]]`.
-        num_items: how many items the catalogue holds.
-        catalogue: hash of the catalogue (see `catalogue_hash`).
+        num_items: of the catalogue.
+        catalogue: its `catalogue_hash`.
     """
 
     items: np.ndarray
@@ -112,7 +112,7 @@ class Sequences:
 
     @classmethod
     def from_lists(cls, lists: Sequence[Sequence[int]], item_ids: Sequence[str]) -> Self:
-        """Builds sequences from one list of dense item ids per user, and the catalogue's raw item ids."""
+        """Makes sequences of one list of dense item ids per user, and the catalogue's raw item ids."""
         offsets = np.cumsum([0, *(len(items) for items in lists)], dtype=np.int64)
         flat = np.array([item for items in lists for item in items], dtype=np.int32)
         return cls(flat, offsets, len(item_ids), catalogue_hash(item_ids))
@@ -269,7 +269,7 @@ class LeaveOneOut:
             train_only: leave out each user's last two interactions before anything else is looked at.
 
         Raises:
-            ValueError: the kind is unknown or not to be had, or `interactions` are not those of `sequences`.
+            ValueError: the kind is unknown or missing, or `interactions` are not those of `sequences`.
         """
         if kind not in TEXT_KINDS:
             raise ValueError(f"text must be auto, reviews or titles; got {kind!r}.")
@@ -295,13 +295,12 @@ class LeaveOneOut:
                 reviews = None
         if reviews is None:
             titles = self.catalogue["title"].take(pa.array(sequences.items[chosen] - 1)).combine_chunks()
-            reviews = pc.if_else(pc.equal(titles, ""), pa.scalar(None, pa.string()), titles)
-            kind = "titles"
-        encoded = reviews.dictionary_encode()
+            texts = pc.if_else(pc.equal(titles, ""), pa.scalar(None, pa.string()), titles)
+        encoded = (texts if reviews is None else reviews).dictionary_encode()
         text_ids = pc.fill_null(encoded.indices, -1).to_numpy().astype(np.int32)
         offsets = np.concatenate([[0], np.cumsum(kept)])
-        kind = "titles" if kind == "titles" else "reviews"
-        return UserTexts(self.user_ids, offsets, text_ids, encoded.dictionary.to_pylist(), kind)
+        found = "titles" if reviews is None else "reviews"
+        return UserTexts(self.user_ids, offsets, text_ids, encoded.dictionary.to_pylist(), found)
 
     @cached_property
     def catalogue(self) -> pa.Table:
@@ -342,18 +341,10 @@ class LeaveOneOut:
         return values
 
 
-def held_out(sequences: Sequences) -> np.ndarray:
-    """bool [interactions]: whether each is its user's validation or test target."""
-    ends = np.repeat(sequences.offsets[1:], sequences.lengths)
-    return np.arange(len(sequences.items)) >= ends - HELD_OUT
-
-
 class RowLookup:
-    """A table's column by (user, position); holds 16 bytes a row beside the table, which may be memory-mapped.
+    """A table's `column` by the columns user and position (int); holds 16 bytes a row beside the table.
 
     Args:
-        table: columns user and position, int.
-        column: what `get` gives.
         mask: bool [rows], which of the table's rows count; all by default.
     """
 

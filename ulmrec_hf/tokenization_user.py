@@ -38,7 +38,7 @@ class UserTokenizer(TokenizersBackend):
             levels: codes in a user index, 1 to 26 (one letter a level); 0 adds no user tokens, for an index that is
                 spelled as plain text.
             codebook_size: values that a code can take.
-            kwargs: handed on to `AutoTokenizer.from_pretrained`, such as `revision`.
+            kwargs: of `AutoTokenizer.from_pretrained`, such as `revision`.
 
         Raises:
             ValueError: the base already holds one of the user tokens (unless it is a UserTokenizer of the same size),
@@ -105,7 +105,7 @@ class UserTokenizer(TokenizersBackend):
         return self.convert_tokens_to_ids([user_token(level, code) for level, code in enumerate(codes)])
 
     def decode_user(self, ids: Iterable[int]) -> tuple[int, ...]:
-        """The codes of a user index's token ids, the inverse of `encode_user`.
+        """The inverse of `encode_user`.
 
         Raises:
             ValueError: the ids are not one user token of each level in order.

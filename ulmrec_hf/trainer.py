@@ -2,23 +2,20 @@
 
 import os
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import EvalPrediction, Trainer, TrainingArguments
+from datasets import Dataset
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from .metrics import RankingMetrics
 from .protocol import MISS
 from .ranker import UserRanker
+from .stages import setting
 from .tasks.collators import ULMRecCollator, tokenize_rows
+from .tasks.dataset import AlignmentTasks
 from .verbalizer import LetterVerbalizer
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from .tasks.dataset import AlignmentTasks
 
 
 @dataclass
@@ -30,36 +27,27 @@ class ULMRecTrainingArguments(TrainingArguments):
     waiting processes (ddp_timeout) of a day, since all wait while one of them runs the earlier stages.
     """
 
-    learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of the adapter (or the model)."})
-    user_token_learning_rate: float | None = field(
-        default=None,
-        metadata={
-            "help": "Peak learning rate of the user tokens' rows, which start from nothing; default: learning_rate."
-        },
+    learning_rate: float = setting(1e-4, "Peak learning rate of the adapter (or the model).")
+    user_token_learning_rate: float | None = setting(
+        None, "Peak learning rate of the user tokens' rows, which start from nothing; default: learning_rate."
     )
-    num_train_epochs: float = field(default=1.0, metadata={"help": "How often the mixture is gone through."})
-    eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: no, steps or epoch."})
-    eval_steps: float | None = field(default=100, metadata={"help": "Evaluate every so many steps."})
-    save_strategy: str = field(
-        default="steps", metadata={"help": "When to write a checkpoint: no, steps, epoch, best."}
-    )
-    save_steps: float = field(default=100, metadata={"help": "Write a checkpoint every so many steps."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept while tuning."})
-    load_best_model_at_end: bool = field(default=True, metadata={"help": "Keep the model that did best in validation."})
-    metric_for_best_model: str | None = field(default="ndcg@10", metadata={"help": "What decides which model is best."})
-    greater_is_better: bool | None = field(default=True, metadata={"help": "Whether a larger metric is better."})
-    train_sampling_strategy: str = field(
-        default="group_by_length", metadata={"help": "How batches are made; group_by_length pads least."}
-    )
-    logging_steps: float = field(default=10, metadata={"help": "Log the loss every so many steps."})
+    num_train_epochs: float = setting(1.0, "How often the mixture is gone through.")
+    eval_strategy: str = setting("steps", "When to evaluate: no, steps or epoch.")
+    eval_steps: float | None = setting(100, "Evaluate every so many steps.")
+    save_strategy: str = setting("steps", "When to write a checkpoint: no, steps, epoch, best.")
+    save_steps: float = setting(100, "Write a checkpoint every so many steps.")
+    save_total_limit: int | None = setting(2, "Checkpoints kept while tuning.")
+    load_best_model_at_end: bool = setting(True, "Keep the model that did best in validation.")
+    metric_for_best_model: str | None = setting("ndcg@10", "What decides which model is best.")
+    greater_is_better: bool | None = setting(True, "Whether a larger metric is better.")
+    train_sampling_strategy: str = setting("group_by_length", "How batches are made; group_by_length pads least.")
+    logging_steps: float = setting(10, "Log the loss every so many steps.")
     # HfArgumentParser reads this order of the types only
     report_to: None | str | list[str] = field(  # noqa: RUF036
         default="none", metadata={"help": "Experiment tracker, such as wandb."}
     )
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Must stay false: the collator needs them all."}
-    )
-    ddp_timeout: int = field(default=86_400, metadata={"help": "Seconds that a process waits for the others."})
+    remove_unused_columns: bool = setting(False, "Must stay false: the collator needs them all.")
+    ddp_timeout: int = setting(86_400, "Seconds that a process waits for the others.")
 
 
 def check_processes(args: TrainingArguments) -> None:
@@ -87,22 +75,20 @@ class ULMRecTrainer(Trainer):
 
     Args:
         model: the language model, with or without an adapter.
-        args: the settings.
         train_dataset: rows with prompt and completion (the config `mixture`), or None.
         eval_dataset: rows with prompt, label and candidates (the config `next_item`), or None.
         processing_class: the tokenizer.
         verbalizer: which token each letter is; by default read off the first row that is evaluated.
-        kwargs: handed on to Trainer.
     """
 
     def __init__(
         self,
-        model: "PreTrainedModel",
+        model: PreTrainedModel,
         args: ULMRecTrainingArguments,
         *,
-        train_dataset: "Dataset | None" = None,
-        eval_dataset: "Dataset | None" = None,
-        processing_class: "PreTrainedTokenizerBase",
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | None = None,
+        processing_class: PreTrainedTokenizerBase,
         verbalizer: LetterVerbalizer | None = None,
         **kwargs: Any,
     ):
@@ -123,24 +109,24 @@ class ULMRecTrainer(Trainer):
             **kwargs,
         )
 
-    def _evaluation_rows(self, dataset: "Dataset", tokenizer: "PreTrainedTokenizerBase") -> "Dataset":
+    def _evaluation_rows(self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
         """The rows tokenised, after they have given the verbalizer where there is none yet."""
         if self.verbalizer is None:
             most = max(map(len, dataset["candidates"]))
             self.verbalizer = LetterVerbalizer(tokenizer, dataset[0]["prompt"], most)
         return tokenize_rows(dataset, tokenizer, evaluation=True)
 
-    def evaluate(self, eval_dataset: "Dataset | None" = None, **kwargs: Any) -> dict[str, float]:
+    def evaluate(self, eval_dataset: Dataset | None = None, **kwargs: Any) -> dict[str, float]:
         """The ranking metrics of rows with prompt, label and candidates; by default of the trainer's `eval_dataset`."""
         if eval_dataset is not None and "prompt" in eval_dataset.column_names:
             eval_dataset = self._evaluation_rows(eval_dataset, self.processing_class).sort("length")
         return super().evaluate(eval_dataset, **kwargs)
 
-    def ranker(self, tasks: "AlignmentTasks") -> UserRanker:
+    def ranker(self, tasks: AlignmentTasks) -> UserRanker:
         """The tuned model as a `UserRanker` that asks as `tasks` did."""
         return UserRanker.from_tasks(self.accelerator.unwrap_model(self.model), self.processing_class, tasks)
 
-    def rank(self, dataset: "Dataset") -> np.ndarray:
+    def rank(self, dataset: Dataset) -> np.ndarray:
         """Scores every row's candidates.
 
         Args:
@@ -186,9 +172,9 @@ class ULMRecTrainer(Trainer):
                 optimizer.add_param_group({"params": rows, "lr": rate, "weight_decay": 0.0})
         return optimizer
 
-    def _get_eval_sampler(self, eval_dataset: "Dataset") -> torch.utils.data.Sampler | None:
-        # Trainer would reshuffle evaluation rows when training batches are grouped by length, and `rank` could not tell
-        # whose scores are whose. They are sorted by length already.
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> torch.utils.data.Sampler | None:
+        # Trainer would reshuffle evaluation rows when training batches are grouped by length, and `rank` would return
+        # them in another order. They are sorted by length already.
         return torch.utils.data.SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:

@@ -8,27 +8,32 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from accelerate import PartialState
+from datasets import Dataset
+from transformers import PreTrainedModel, set_seed
+from trl import ModelConfig
 
 from .console import Console, quiet_trainer
 from .files import atomic_folder, write_json, write_table
+from .indexing.base import load_indexer
 from .modeling import BaseSource, add_adapter, base_is_saved, extend_base, load_model, resolve_base
-from .protocol import SPLITS
-from .publishing import BASE
+from .protocol import EVALUATED, SPLITS
+from .publishing import BASE, ITEMS_FILE, TEMPLATES_FILE, USER_INDEX_FILE, Published, publish_model
+from .ranker import RankerSettings
+from .recommender import Fusion, write_parts
+from .retrieval.base import load_retriever
+from .settings import PipelineArguments
 from .stages import Processes, run_stage, stage_fingerprint
 from .systems import RANKER, System, model_folder, task_folder
-from .tables import PREDICTIONS
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from transformers import PreTrainedModel
-    from trl import ModelConfig
-
-    from .tokenization_user import UserTokenizer
-    from .trainer import ULMRecTrainer, ULMRecTrainingArguments
+from .tables import PREDICTIONS, LeaveOneOut
+from .tasks.arguments import TaskArguments
+from .tokenization_user import UserTokenizer
+from .trainer import ULMRecTrainer, ULMRecTrainingArguments
+from .verbalizer import LetterVerbalizer
 
 # Settings that decide what a tuned model is; the others (logging, workers, devices) may differ when a run is resumed.
 TUNING_SETTINGS = (
@@ -60,27 +65,59 @@ TUNING_SETTINGS = (
     "label_smoothing_factor",
     "neftune_noise_alpha",
 )
-EVALUATED = SPLITS[1:]
 # Later log entries (times, speed) are of no use to a reader and differ from run to run.
 _LOGGED = ("step", "epoch", "loss", "learning_rate", "grad_norm", "eval_loss")
 
 
-class Publish(Protocol):
-    """What writes the tuned ranker of a run for others to load."""
+@dataclass(frozen=True)
+class Publisher:
+    """Fills a run's `model/` with what `Recommender.from_pretrained` reads.
+
+    Attributes:
+        run: the run's output folder.
+        tasks: how the rows of the tuning were made.
+        pipeline: what is written.
+    """
+
+    run: Path
+    tasks: TaskArguments
+    pipeline: PipelineArguments
 
     @property
-    def settings(self) -> Mapping[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """What decides what is written, for the stage."""
+        names = ("save_merged", "save_user_map", "fusion_ranker", "fusion_retriever")
+        return {name: getattr(self.pipeline, name) for name in names}
 
     def __call__(
         self,
-        model: "PreTrainedModel",
-        tokenizer: "UserTokenizer",
+        model: PreTrainedModel,
+        tokenizer: UserTokenizer,
         folder: Path,
         source: BaseSource,
         state: Mapping[str, Any] | None,
     ) -> None:
         """Writes into `folder`; `source` is where the base is, `state` the weights where they had to be gathered."""
+        run, pipeline = self.run, self.pipeline
+        published = Published(
+            source,
+            asdict(RankerSettings.of(self.tasks)),
+            merged=pipeline.save_merged,
+            save_base=source.extended,
+            files={
+                USER_INDEX_FILE: run / "index" / "user_index.parquet" if pipeline.save_user_map else None,
+                ITEMS_FILE: run / "data" / "items.parquet",
+                TEMPLATES_FILE: self.tasks.prompt_templates,
+            },
+        )
+        publish_model(model, tokenizer, folder, published, state_dict=state)
+        write_parts(
+            folder,
+            LeaveOneOut.load(run / "data") if pipeline.save_user_map else None,
+            load_retriever(run / "retriever"),
+            load_indexer(run / "index" / "indexer"),
+            Fusion(pipeline.fusion_ranker, pipeline.fusion_retriever),
+        )
 
 
 @dataclass(frozen=True)
@@ -93,15 +130,14 @@ class Tuning:
         training: the Trainer's arguments.
         tokenizer: the base's, with the user tokens of the run.
         num_candidates: letters that are scored.
-        save_base: write the base with its user tokens; by default where it is a folder.
-        validation_users: users whose validation chooses the best model; 0 = all.
-        seed: of the choice of these users.
+        save_base, validation_users: see `PipelineArguments`.
+        seed: of the choice of the validation users.
     """
 
     run: Path
-    model: "ModelConfig"
-    training: "ULMRecTrainingArguments"
-    tokenizer: "UserTokenizer"
+    model: ModelConfig
+    training: ULMRecTrainingArguments
+    tokenizer: UserTokenizer
     num_candidates: int
     save_base: bool | None = None
     validation_users: int = 0
@@ -110,8 +146,6 @@ class Tuning:
     @property
     def processes(self) -> Processes:
         """The processes that tune together."""
-        from accelerate import PartialState
-
         training = self.training
         several = training.world_size > 1
         return Processes(training.process_index == 0, PartialState().wait_for_everyone if several else lambda: None)
@@ -126,11 +160,11 @@ class Tuning:
 
 
 def tune(
-    tuning: Tuning, systems: Sequence[System], console: Console, publish: Publish, *, overwrite: bool = False
+    tuning: Tuning, systems: Sequence[System], console: Console, publish: Publisher, *, overwrite: bool = False
 ) -> None:
     """Tunes the ranker (`model/`) and each of `systems` that is tuned by itself (`ablations/<name>/model/`), as stages.
 
-    Each leaves training.json and predictions.parquet; the ranker also scores the rows of the other systems, and is
+    Each writes training.json and predictions.parquet; the ranker also scores the rows of the other systems, and is
     published. Every process of a distributed run calls this. A killed tuning resumes from its last checkpoint.
 
     Raises:
@@ -144,7 +178,7 @@ def tune(
         with console.stage(system.name, folder) as stage:
             run_stage(
                 folder,
-                tuning.settings() | settings | (dict(publish.settings) if own else {}),
+                tuning.settings() | settings | (publish.settings if own else {}),
                 {each.name: stage_fingerprint(task_folder(each, tuning.run)) for each in scored},
                 partial(_build, tuning, scored, publish if own else None),
                 overwrite=overwrite,
@@ -156,10 +190,8 @@ def tune(
                 stage.found(f"best validation {tuning.training.metric_for_best_model} {best:.3f}")
 
 
-def _build(tuning: Tuning, scored: Sequence[System], publish: Publish | None, folder: Path) -> None:
+def _build(tuning: Tuning, scored: Sequence[System], publish: Publisher | None, folder: Path) -> None:
     """Tunes the first of the systems, scores all of them, and fills the stage `folder`."""
-    from transformers import set_seed
-
     training = tuning.training
     # the ranker's stage holds the base that all systems are tuned on
     source = _prepare_base(tuning, folder / BASE if publish else model_folder(RANKER, tuning.run) / BASE)
@@ -210,12 +242,7 @@ def _prepare_base(tuning: Tuning, folder: Path) -> BaseSource:
     return BaseSource(str(folder), extended=True, seed=seed)
 
 
-def _make_trainer(
-    tuning: Tuning, model: "PreTrainedModel", folder: Path, rows: Mapping[str, "Dataset"]
-) -> "ULMRecTrainer":
-    from .trainer import ULMRecTrainer
-    from .verbalizer import LetterVerbalizer
-
+def _make_trainer(tuning: Tuning, model: PreTrainedModel, folder: Path, rows: Mapping[str, Dataset]) -> ULMRecTrainer:
     args = copy.copy(tuning.training)
     args.output_dir = str(folder)
     validation = rows["validation"]
@@ -240,15 +267,13 @@ def last_checkpoint(folder: Path) -> str | None:
     return str(max(found, key=lambda path: int(path.name.rpartition("-")[2]))) if found else None
 
 
-def _load_rows(tasks: Path, split: str, cache: Path) -> "Dataset":
+def _load_rows(tasks: Path, split: str, cache: Path) -> Dataset:
     """Training rows of the mixture, evaluation rows of next_item."""
-    from datasets import Dataset
-
     folder = tasks / ("mixture" if split == "train" else "next_item")
     return Dataset.from_parquet([str(path) for path in sorted(folder.glob(f"{split}-*.parquet"))], cache_dir=str(cache))
 
 
-def _predictions(trainer: "ULMRecTrainer", system: str, split: str, rows: "Dataset") -> pa.Table:
+def _predictions(trainer: ULMRecTrainer, system: str, split: str, rows: Dataset) -> pa.Table:
     scores = trainer.rank(rows)
     counts = [len(candidates) for candidates in rows["candidates"]]
     columns = {

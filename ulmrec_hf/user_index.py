@@ -68,7 +68,7 @@ def pack_codes(codes: np.ndarray, codebook_size: int) -> np.ndarray:
 
 
 def check_indices(levels: int, codebook_size: int) -> None:
-    """Raises a ValueError where an index is no number below 2^62, see `pack_codes`."""
+    """Raises ValueError where an index is not a number below 2^62, see `pack_codes`."""
     if codebook_size**levels > 2**62:
         raise ValueError(
             f"{levels} levels of {codebook_size} codes are more than 2^62 indices: lower levels or codebook_size."
@@ -80,8 +80,8 @@ class IndexKind:
     """A way to spell a user's index in prompts.
 
     Attributes:
-        spell: gives the text of a user from (index, row).
-        by_number: the text depends on the user's entry in `UserIndex.numbers`, not on the codes alone.
+        spell: from (index, row) to the text of a user.
+        by_number: the text depends on the user's entry in `UserIndex.numbers`.
         adds_tokens: the text consists of user tokens, which the base model's tokenizer is extended by.
     """
 
@@ -93,9 +93,9 @@ class IndexKind:
 # The paper's Figure 9 compares codes, numbers and ids.
 KINDS = Registry(
     "index_kind",
-    codes=IndexKind(lambda index, row: spell_codes(index.codes[row]), adds_tokens=True),
-    text=IndexKind(lambda index, row: "-".join(map(str, index.codes[row]))),
-    number=IndexKind(lambda index, row: str(index.numbers[row]), by_number=True),
+    codes=IndexKind(lambda index, row: spell_codes(index.codes[row]), adds_tokens=True),  # user tokens
+    text=IndexKind(lambda index, row: "-".join(map(str, index.codes[row]))),  # the same codes as plain text
+    number=IndexKind(lambda index, row: str(index.numbers[row]), by_number=True),  # the user's row in the map
     id=IndexKind(lambda index, row: index.user_ids[index.numbers[row]], by_number=True),
 )
 
@@ -107,9 +107,8 @@ class UserIndex:
         user_ids: one id a user, all different.
         codes: integers, shape [users, levels], each in [0, codebook_size), all rows different.
         codebook_size: codes per level, at most 65,536.
-        kind: what `spell` writes, one of `KINDS`: `codes`, user tokens; `text`, the same codes as plain text; `number`,
-            the user's row in the map; `id`, the user id, unchanged (see `ulmrec_hf.prompts.spell_user`).
-        numbers: the row whose number and id each user bears: its own, but in a shuffled map.
+        kind: what `spell` writes, one of `KINDS`; `id` is the user id, unchanged (see `ulmrec_hf.prompts.spell_user`).
+        numbers: the row whose number and id each user has: its own, except in a shuffled map.
 
     Raises:
         ValueError: two users share an id or a row of codes (the first such pair is named), a code is out of range,
@@ -211,9 +210,7 @@ class UserIndex:
         return np.sort(pack_codes(self.codes, self.codebook_size))
 
     def merge(self, other: "UserIndex") -> "UserIndex":
-        """The users of both maps, those of `other` that are new after the others; equal entries are one.
-
-        It is of this map's kind; new users get the next numbers.
+        """The users of both maps, of this map's kind; users who are new in `other` come last and get the next numbers.
 
         Raises:
             ValueError: the maps have other levels or codebook sizes, a user has another index in each, or two users
@@ -256,9 +253,9 @@ class UserIndex:
         return UserIndex(self.user_ids, self.codes[order], self.codebook_size, self.kind, self.numbers[order])
 
     def to_parquet(self, path: str | os.PathLike) -> None:
-        """Writes columns user_id and codes (list<uint16>) atomically; codebook_size goes into the schema metadata.
+        """Writes user_id, codes (list<uint16>) and, for kinds spelled by number, number (int32), atomically.
 
-        A kind other than codes goes there as index_kind; those spelled by number also have the column number (int32).
+        The schema's metadata hold codebook_size and, for a kind other than codes, index_kind.
         """
         offsets = np.arange(0, self.codes.size + 1, self.levels, dtype=np.int32)
         table = pa.table(
@@ -308,12 +305,7 @@ class UserIndex:
             raise ValueError(f"{path} is not a user index: {error}") from None
 
     def report(self) -> dict:
-        """How well the codes are used.
-
-        Returns:
-            `users`; `codes_used` and `perplexity`, one value a level; `users_alone`: how many users are the only ones
-            under their 1-code and 2-code prefix.
-        """
+        """`users`; `codes_used` and `perplexity` by level; `users_alone` under their 1-code and 2-code prefix."""
         alone = [
             int((np.unique(self.codes[:, :length], axis=0, return_counts=True)[1] == 1).sum())
             for length in range(1, min(2, self.levels) + 1)

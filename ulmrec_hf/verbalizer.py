@@ -18,8 +18,8 @@ class LetterVerbalizer:
     each id is taken from the joint tokenisation of prompt and letter.
 
     Args:
-        tokenizer: the tokenizer that renders the prompts.
-        prompt: a rendered prompt; its end is what matters.
+        tokenizer: of the model that reads the prompts.
+        prompt: a rendered prompt; only its end matters.
         num_candidates: how many letters of A-Z, a-z are read, 1 to 52.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""The toy world: seeded, its taste hidden from the columns, told in the reviews, and what decides later choices."""
+"""The toy world: seeded, its taste in the reviews alone and in no column, and what decides later choices."""
 
 import pytest
 
@@ -12,7 +12,7 @@ def world():
     interactions, items = synthetic_interactions(600, seed=3)
     table = interactions.to_pandas().merge(items.to_pandas(), on="item_id", how="left", sort=False)
     table["style"], table["kind"] = zip(*table["title"].str.split(), strict=True)
-    table["told"] = [
+    table["expressed"] = [
         next(WORD_STYLE[word] for word in review.replace(",", "").replace(".", "").split() if word in WORD_STYLE)
         for review in table["review"]
     ]
@@ -36,12 +36,12 @@ def test_columns_are_those_of_real_data_and_hold_no_taste(world):
 
 
 def test_every_review_tells_the_same_taste(world):
-    assert (world.groupby("user_id")["told"].nunique() == 1).all()
-    assert world.groupby("told")["user_id"].nunique().min() >= 15  # all styles have users
+    assert (world.groupby("user_id")["expressed"].nunique() == 1).all()
+    assert world.groupby("expressed")["user_id"].nunique().min() >= 15  # all styles have users
 
 
 def test_taste_decides_the_held_out_choices_and_not_the_early_ones(world):
-    match = world["style"] == world["told"]
+    match = world["style"] == world["expressed"]
     assert match[world["from_end"] < 2].mean() > 0.6
     assert match[world["from_end"] >= 3].mean() < 0.12  # about one in sixteen: the crowd
     assert world.loc[match, "rating"].mean() > 4 > 3.5 > world.loc[~match, "rating"].mean()

@@ -36,25 +36,25 @@ def bytes_of(folder):
 
 def test_rows(whole, encoder):
     embeddings = Embeddings(whole)
-    assert (len(embeddings), embeddings.dim) == (23, 16)
+    assert embeddings.shape == (23, 16)
     expected = np.concatenate([encoder.encode(TEXTS[begin : begin + SHARD]) for begin in range(0, 23, SHARD)])
     for ids in (np.arange(23), np.array([22, 3, 3, 19, 0, 7], np.int32), np.array([], int)):
-        rows = embeddings.rows(ids)
+        rows = embeddings[ids]
         assert rows.dtype == np.float32 and rows.shape == (len(ids), 16)
         np.testing.assert_array_equal(rows, expected[ids])
     np.testing.assert_allclose(expected, encoder.encode(TEXTS), atol=1e-5)
     for ids in ([-1], [0, 23]):
         with pytest.raises(IndexError, match="has the texts 0 to 22"):
-            embeddings.rows(np.array(ids))
+            embeddings[np.array(ids)]
 
 
 def test_only_the_shards_that_are_read_are_opened(whole, tmp_path):
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     (tmp_path / LAST).unlink()
     embeddings = Embeddings(tmp_path)
-    assert embeddings.rows(np.array([19])).shape == (1, 16)
+    assert embeddings[np.array([19])].shape == (1, 16)
     with pytest.raises(ValueError, match=rf"{LAST} cannot be read.*Run write_embeddings again"):
-        embeddings.rows(np.array([20]))
+        embeddings[np.array([20])]
 
 
 def test_manifest_and_a_stream_of_texts(whole, encoder, tmp_path):
@@ -62,9 +62,9 @@ def test_manifest_and_a_stream_of_texts(whole, encoder, tmp_path):
     assert manifest["encoder"] == encoder.identity() and (manifest["dim"], manifest["texts"]) == (16, 23)
     assert len(write_embeddings(tmp_path / "a", iter(TEXTS), encoder, shard_texts=SHARD)) == 23
     assert bytes_of(tmp_path / "a") == bytes_of(whole)
-    assert write_embeddings(tmp_path / "b", [], encoder).rows(np.array([], int)).shape == (0, 16)
+    assert write_embeddings(tmp_path / "b", [], encoder)[np.array([], int)].shape == (0, 16)
     other = write_embeddings(tmp_path / "c", TEXTS[::-1], encoder, shard_texts=SHARD)
-    assert other.rows(np.array([0])).any() and json.loads((tmp_path / "c" / "embeddings.json").read_text()) != manifest
+    assert other[np.array([0])].any() and json.loads((tmp_path / "c" / "embeddings.json").read_text()) != manifest
 
 
 def test_a_killed_run_resumes_and_ends_with_the_same_bytes(whole, encoder, tmp_path, monkeypatch):
@@ -132,7 +132,7 @@ def test_a_broken_shard_is_not_read(whole, tmp_path):
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     cut(tmp_path / SECOND)
     with pytest.raises(ValueError, match=f"{SECOND} cannot be read"):
-        Embeddings(tmp_path).rows(np.array([5]))
+        Embeddings(tmp_path)[np.array([5])]
 
 
 def test_other_embeddings_are_refused(whole, encoder, tmp_path):
@@ -181,9 +181,9 @@ def test_nan_names_the_text(encoder, tmp_path, monkeypatch):
 def test_tfidf_and_user_ids(tmp_path):
     encoder, users = TfidfEncoder(8).fit(TEXTS), [f"A{user}" for user in range(9)]
     texts = write_embeddings(tmp_path / "texts", TEXTS, encoder, shard_texts=SHARD)
-    np.testing.assert_array_equal(texts.rows(np.arange(23)), encoder.encode(TEXTS))
+    np.testing.assert_array_equal(texts[np.arange(23)], encoder.encode(TEXTS))
     ids = write_embeddings(tmp_path / "users", users, encoder, user_ids=True, shard_texts=SHARD)
-    np.testing.assert_allclose(ids.rows(np.arange(9)), encoder.encode_user_ids(users), atol=1e-6)
+    np.testing.assert_allclose(ids[np.arange(9)], encoder.encode_user_ids(users), atol=1e-6)
 
 
 def test_shards_are_dealt_to_the_processes(whole, encoder, tmp_path, monkeypatch):
@@ -207,7 +207,7 @@ from ulmrec_hf.indexing.embeddings import write_embeddings
 from ulmrec_hf.indexing.encoder import PretrainedEncoder
 
 embeddings = write_embeddings(sys.argv[2], mixed_texts(23), PretrainedEncoder(sys.argv[1]), shard_texts={SHARD})
-assert embeddings.rows(range(23)).shape == (23, 16)
+assert embeddings[range(23)].shape == (23, 16)
 sys.stdout.write(f"process {{PartialState().process_index}} of {{PartialState().num_processes}}\\n")  # in one piece
 PartialState().destroy_process_group()
 """

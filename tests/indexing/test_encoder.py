@@ -118,7 +118,7 @@ def test_equal_to_sentence_transformers(bert, pooling):
     texts = mixed_texts(40)
     vectors = PretrainedEncoder(bert, pooling, batch_tokens=100).encode(texts)
     np.testing.assert_allclose(vectors, peer.encode(texts), atol=1e-5)
-    assert len(np.unique(vectors.round(4), axis=0)) > 30  # the texts are told apart: their order is tested
+    assert len(np.unique(vectors.round(4), axis=0)) > 30  # the texts differ, so that their order is tested
 
 
 def test_what_a_saved_sentence_transformer_says_is_kept(bert, tmp_path):

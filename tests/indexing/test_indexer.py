@@ -6,7 +6,7 @@ import torch
 
 from ulmrec_hf.indexing.arguments import PRESETS, IndexArguments
 from ulmrec_hf.indexing.assignment import count_collisions, nearest_codes
-from ulmrec_hf.indexing.dataset import ArrayTable, Input, UserDataset
+from ulmrec_hf.indexing.dataset import Input, UserDataset
 from ulmrec_hf.indexing.encoder import TfidfEncoder
 from ulmrec_hf.indexing.indexer import UserIndexer, UserIndexerConfig
 
@@ -23,8 +23,8 @@ def dataset() -> UserDataset:
     ids = [random.integers(60, size=1 + user % 6) + 60 * (user % 8) for user in range(239)] + [np.array([], int)]
     users = random.normal(size=(240, 16)).astype(np.float32) / 4
     offsets = np.cumsum([0, *map(len, ids)])
-    inputs = [Input(ArrayTable(texts), np.concatenate(ids).astype(np.int32))]
-    return UserDataset(inputs, offsets, ArrayTable(users), max_reviews=4)
+    inputs = [Input(texts, np.concatenate(ids).astype(np.int32))]
+    return UserDataset(inputs, offsets, users, max_reviews=4)
 
 
 TRAINING = {"steps": 40, "autoencoder_steps": 20, "batch_size": 64, "learning_rate": 5e-3, "refit_codebooks": False}
@@ -53,7 +53,7 @@ def test_newest_texts_padded(dataset):
 
 
 def test_inputs_are_joined_by_weight_and_interactions_without_any_left_out():
-    tables = ArrayTable(np.array([[3, 0], [0, 1], [0, 0]], np.float32)), ArrayTable(np.ones((1, 1), np.float32))
+    tables = np.array([[3, 0], [0, 1], [0, 0]], np.float32), np.ones((1, 1), np.float32)
     inputs = [Input(tables[0], np.array([0, -1, 1, -1, 2])), Input(tables[1], np.array([-1, -1, 0, 0, -1]), weight=0.5)]
     dataset = UserDataset(inputs, np.array([0, 3, 4, 5]), None, max_reviews=50)
     batch = dataset.collate([0, 1, 2])

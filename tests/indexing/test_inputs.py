@@ -5,7 +5,6 @@ import pytest
 
 from tests.data_stage import write_data_stage
 from ulmrec_hf.files import write_table
-from ulmrec_hf.indexing.dataset import ArrayTable
 from ulmrec_hf.indexing.encoder import TfidfEncoder
 from ulmrec_hf.indexing.inputs import InputEncoder, TrainPart, item_vectors
 from ulmrec_hf.tables import LeaveOneOut, Sequences
@@ -143,4 +142,4 @@ def test_ratings_that_some_lack_are_read(tmp_path):
     assert train.numbers["ratings"][0] == 4 and np.isnan(train.numbers["ratings"][1])
     dataset = InputEncoder.fit(train, None).dataset(train)
     assert dataset.offsets[1] == train.sequences.offsets[1] - 1  # the one without a rating is left out
-    assert isinstance(dataset.inputs[0].table, ArrayTable)
+    assert isinstance(dataset.inputs[0].table, np.ndarray)

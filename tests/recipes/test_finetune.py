@@ -1,4 +1,4 @@
-"""The main job: what a run leaves, that it goes on after a kill, and what it refuses."""
+"""The main job: what a run leaves, that it resumes after a kill, and what it refuses."""
 
 import json
 import os
@@ -100,7 +100,7 @@ def test_the_same_command_runs_nothing_again_and_other_settings_are_refused(run_
         )
 
 
-def test_a_killed_tuning_goes_on_and_ends_with_the_same_metrics(prepared, small_settings, tmp_path):
+def test_a_killed_tuning_resumes_and_ends_with_the_same_metrics(prepared, small_settings, tmp_path):
     steps = ["--max_steps", "12", *ONE_SYSTEM]
     unbroken = tmp_path / "unbroken"
     shutil.copytree(prepared, unbroken)
@@ -290,7 +290,7 @@ BAD_SETTINGS = [
 
 
 @pytest.mark.parametrize(("argv", "text"), BAD_SETTINGS)
-def test_bad_settings_are_told_and_nothing_is_half_written(argv, text, small_settings, tmp_path):
+def test_bad_settings_are_reported_and_nothing_is_half_written(argv, text, small_settings, tmp_path):
     finetune = load_recipe("finetune")
     with pytest.raises(ValueError, match=re.escape(text)):
         finetune.prepare_stages(

@@ -1,8 +1,8 @@
 """Settings of the data preparation, for YAML and the command line."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from ..stages import check_types
+from ..stages import check_types, setting
 from .readers import READERS
 
 
@@ -14,30 +14,21 @@ class DataArguments:
         ValueError: a setting has a value that cannot be used; the message names the setting.
     """
 
-    data_format: str = field(
-        default="synthetic",
-        metadata={
-            "help": "What --interactions is: amazon (JSON lines of the 2014, 2018 or 2023 release, also gzip), csv, "
-            "jsonl, parquet, hub (a dataset id), sequences (JSON lines, one user each, items in order), or synthetic "
-            "(the toy world; needs no files)."
-        },
+    data_format: str = setting(
+        "synthetic",
+        "What --interactions is: amazon (JSON lines of the 2014, 2018 or 2023 release, also gzip), csv, jsonl, "
+        "parquet, hub (a dataset id), sequences (JSON lines, one user each, items in order), or synthetic (the toy "
+        "world; needs no files).",
     )
-    interactions: str | None = field(
-        default=None, metadata={"help": "File with the interactions; for hub the id or folder of a dataset."}
+    interactions: str | None = setting(None, "File with the interactions; for hub the id or folder of a dataset.")
+    items: str | None = setting(None, "File with the items' titles. Without it an item's id serves as its title.")
+    k_core: int = setting(
+        5,
+        "Keep users and items with at least this many interactions, filtered until both hold; 0 = none. Users with "
+        "fewer than 3 are always left out: they cannot be split.",
     )
-    items: str | None = field(
-        default=None,
-        metadata={"help": "File with the items' titles. Without it an item's id serves as its title."},
-    )
-    k_core: int = field(
-        default=5,
-        metadata={
-            "help": "Keep users and items with at least this many interactions, filtered until both hold; 0 = none. "
-            "Users with fewer than 3 are always left out: they cannot be split."
-        },
-    )
-    synthetic_users: int = field(default=1000, metadata={"help": "Number of users of the toy world."})
-    synthetic_seed: int = field(default=0, metadata={"help": "Seed of the toy world."})
+    synthetic_users: int = setting(1000, "Number of users of the toy world.")
+    synthetic_seed: int = setting(0, "Seed of the toy world.")
 
     def __post_init__(self):
         check_types(self)
@@ -60,7 +51,5 @@ class DataArguments:
 class StageArguments:
     """Where a stage is written, and whether it may take the place of another one."""
 
-    output_dir: str = field(default="output", metadata={"help": "Folder of the run; each stage has its own in it."})
-    overwrite: bool = field(
-        default=False, metadata={"help": "Run again what was made with other settings, instead of refusing."}
-    )
+    output_dir: str = setting("output", "Folder of the run; each stage has its own in it.")
+    overwrite: bool = setting(False, "Run again what was made with other settings, instead of refusing.")

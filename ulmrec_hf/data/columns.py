@@ -1,4 +1,4 @@
-"""From the columns of a source, whatever their spelling and types, to raw interactions and items.
+"""From the columns of a source, in any known spelling and of any type, to raw interactions and items.
 
 Nothing is left out or re-ordered here: a value that is missing or cannot be used becomes null.
 """
@@ -48,7 +48,7 @@ _ELEMENTS = (
     "a|abbr|b|big|blockquote|body|br|center|code|div|dd|dl|dt|em|font|h[1-6]|head|hr|html|i|img|input|li|link|meta|nobr|ol|p|pre|"
     "small|span|strike|strong|sub|sup|table|tbody|td|th|thead|title|tr|tt|u|ul|wbr"
 )
-# Names of elements only: `<a_3>` or `</s>` in a title is a stranger's text, which prompts neutralise, not formatting.
+# Names of elements only: `<a_3>` or `</s>` in a title is untrusted text, which prompts neutralise, not formatting.
 # The bounds keep a hostile title from costing quadratic time.
 _TAG = re.compile(
     rf"<(script|style)\b.{{0,1000}}?</\1\s*>|<!--.{{0,1000}}?-->|</?(?:{_ELEMENTS}|script|style)(?:\s[^<>]*)?/?>",
@@ -130,10 +130,7 @@ def table_columns(table: pa.Table) -> Iterator[Columns]:
 
 
 def clean_title(title: str | None) -> str | None:
-    """Plain text of a title: HTML entities resolved, HTML tags removed, white space collapsed; None if nothing is left.
-
-    Text in angle brackets that is not an HTML element stays.
-    """
+    """A title without HTML entities, HTML elements and repeated white space; None if nothing is left."""
     if not title:
         return None
     title = html.unescape(html.unescape(title))  # some releases escape twice

@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 
 class Interactions:
-    """Who took what and when, with the items' titles; what cannot be used is left out and counted.
+    """Who chose what and when, with the items' titles; what cannot be used is left out and counted.
 
-    Left out are rows without user, item or time, interactions of items without a title, and repeated (user, item)
-    pairs, of which the earliest stays. `k_core` filters further; `leave_one_out` gives what all else is made from.
-    Make one by `from_pandas`, `from_arrow`, `from_dataset`, `read` or `toy_world`.
+    Left out are, in this order, rows without user, item or time, interactions of items without a title, and repeated
+    (user, item) pairs, of which the earliest stays. `k_core` filters further; `leave_one_out` gives what all else is
+    made from. Make one by `from_pandas`, `from_arrow`, `from_dataset`, `read` or `toy_world`.
 
     A source needs the columns user_id, item_id and timestamp; rating, summary and review are optional, and the
     spellings of the Amazon releases are known as well. Timestamps are seconds or milliseconds since 1970, dates or
@@ -37,10 +37,9 @@ class Interactions:
 
     @classmethod
     def from_pandas(cls, df: "pd.DataFrame", titles: "Titles | None" = None) -> Self:
-        """Takes the interactions of a pandas table.
+        """Takes the interactions of a pandas table, one a row.
 
         Args:
-            df: one row an interaction; other columns are ignored.
             titles: item_id -> title as a mapping or Series, or a table with the columns item_id and title, whose other
                 columns are kept. Items that are not in it are left out; without it, an item's id is its title.
 
@@ -112,7 +111,7 @@ class Interactions:
     def k_core(self, k: int) -> Self:
         """The users and items with at least `k` interactions, filtered until both hold.
 
-        Users with fewer than 3 are left out whatever `k` is: they cannot be split.
+        Users with fewer than 3 are always left out: they cannot be split.
 
         Raises:
             ValueError: `k` is negative, or none are left.

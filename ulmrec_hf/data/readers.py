@@ -24,7 +24,7 @@ class Reader:
         item_columns: the same for a file of items; `columns` by default.
         is_file: whether a source is a file, which must exist; False for what `columns` finds itself.
         amazon: whether the columns are those of the Amazon releases (see `columns.raw_interactions`).
-        ordered: whether the order of the rows is each user's order in time, whatever their timestamps.
+        ordered: whether the order of the rows is each user's order in time, regardless of timestamps.
         generate: from a number of users and a seed to the tables of interactions and items, for a format that reads
             nothing.
     """
@@ -92,7 +92,7 @@ def check_source(args: "DataArguments") -> None:
 
 
 def source_settings(args: "DataArguments") -> dict[str, Any]:
-    """What `selection.read_selection` has to know of a source: what errors call it, and whether it is in order."""
+    """The keyword arguments of `selection.read_selection` for this source."""
     return {"name": _name(args), "titles": args.items, "ordered": READERS[args.data_format].ordered}
 
 

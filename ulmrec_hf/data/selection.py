@@ -29,12 +29,10 @@ class Selection:
 
     Attributes:
         name: what errors call the source.
-        users: int32 [interactions], places in `user_ids`; interactions without user, item or time are not among them.
-        items: int32 [interactions], places in `item_ids`.
+        users, items: int32 [interactions], places in `user_ids` and `item_ids`; incomplete interactions are not there.
         times: int64 [interactions], seconds since 1970.
         ratings: float32 [interactions], NaN where unknown.
-        user_ids: raw ids in the order of their first appearance, string.
-        item_ids: the same of the items.
+        user_ids, item_ids: raw ids in the order of their first appearance, string.
         catalogue: the items with a title, each once: `code` (place in `item_ids`), item_id, title, and what else.
         ordered: whether the order of the source is the order in time.
         rows: int64 [kept], ascending places in the arrays above.
@@ -109,10 +107,8 @@ class Numbered:
     Attributes:
         source_rows: how many complete interactions the source has.
         rows: int64 [interactions], their places among those.
-        users: int32 [interactions], from 0.
-        items: int32 [interactions], from 1.
-        times: int64 [interactions], seconds since 1970.
-        ratings: float32 [interactions], NaN where unknown.
+        users, items: int32 [interactions], from 0 and from 1.
+        times, ratings: as in `Selection`.
         user_ids: raw ids of the users 0, 1, ...
         catalogue: one row an item: item int32 from 1, item_id, title, and what else the source has.
     """
@@ -126,13 +122,8 @@ class Numbered:
     user_ids: pa.Array
     catalogue: pa.Table
 
-    def interactions(self, texts: pa.Table, part: slice = slice(None)) -> pa.Table:
-        """A part of the table of schema `INTERACTIONS`.
-
-        Args:
-            texts: summary and review of that part's interactions.
-            part: which interactions; all by default.
-        """
+    def interactions(self, texts: pa.Table, part: slice) -> pa.Table:
+        """A part of the table of schema `INTERACTIONS`; `texts` holds that part's summaries and reviews."""
         users, items, ratings = (pa.array(each) for each in (self.users[part], self.items[part], self._ratings(part)))
         columns = [
             users,
@@ -180,16 +171,13 @@ def read_selection(
     titles: str | None = None,
     ordered: bool = False,
 ) -> Selection:
-    """Reads a source: drops interactions without user, item or time, of untitled items, and repeated pairs.
-
-    Of the interactions of one user with one item the earliest stays, of equally early ones the first in the source.
+    """Reads a source and leaves out what `Interactions` says; of equally early repeated pairs the first stays.
 
     Args:
         batches: raw interactions, in the order of the source.
         catalogues: tables of items; without them, an item's id is its title.
         keep_texts: takes batches of schema `TEXTS`, one for each of `batches`, with its complete interactions.
-        name: what errors call the source.
-        titles: what errors call the source of the items.
+        name, titles: what errors call the sources of interactions and items.
         ordered: whether the order of the source is the order in time.
 
     Raises:
@@ -220,16 +208,14 @@ def read_selection(
 
 
 def k_core(users: np.ndarray, items: np.ndarray, user_minimum: int, item_minimum: int) -> np.ndarray:
-    """The interactions of the largest subset in which every user and every item has its minimum.
+    """The largest subset of interactions in which every user and every item has its minimum.
 
     Args:
-        users: int array [n] of user numbers from 0.
-        items: int array [n] of item numbers from 0.
-        user_minimum: how many interactions every user of the subset has at least.
-        item_minimum: the same for every item.
+        users, items: int [n], numbers from 0.
+        user_minimum, item_minimum: how many interactions each of the subset's users and items has at least.
 
     Returns:
-        Ascending int64 array of positions in `users`.
+        Ascending int64 positions in `users`.
     """
     kept = np.arange(len(users))
     while True:

@@ -1,8 +1,8 @@
 """The data stage: from a source of interactions to the three tables that every later stage reads.
 
-One pass over the source puts texts aside on disk; filters and order are then computed on arrays, and a second pass,
-over what was put aside, brings the texts into their final order bucket by bucket. Memory thus grows with the number of
-ids and interactions, never with the texts.
+One pass over the source writes texts to a temporary file; filters and order are then computed on arrays, and a second
+pass, over that file, brings the texts into their final order bucket by bucket. Memory thus grows with the number of ids
+and interactions, never with the texts.
 """
 
 import contextlib
@@ -31,10 +31,8 @@ MAX_BUCKETS = 256  # all are open at once
 def prepare_data(args: DataArguments, output_dir: str | os.PathLike, *, overwrite: bool = False) -> Path:
     """Reads, filters, numbers and writes a source of interactions; returns the stage's folder, `output_dir/data`.
 
-    It holds `interactions.parquet`, `items.parquet`, `sequences.parquet` and `summary.json`. In this order are left
-    out, and counted: rows without user, item or time; interactions of items without a title; repeated (user, item)
-    pairs, of which the earliest stays; what the k-core filter removes, and users with fewer than 3 interactions. Equal
-    sources and settings give equal bytes.
+    It holds `interactions.parquet`, `items.parquet`, `sequences.parquet` and `summary.json`, which counts what was left
+    out: see `Interactions`. Equal sources and settings give equal bytes.
 
     Raises:
         ValueError: the source cannot be used, or nothing of it is left; the message says why and what to change.
@@ -91,7 +89,7 @@ def _read(args: DataArguments, texts: Path) -> Selection:
 
 
 def _write_interactions(path: Path, work: Path, numbered: Numbered) -> int:
-    """Pass 2: deals the texts out to buckets of final places, then sorts and appends bucket by bucket.
+    """Pass 2: distributes the texts to buckets of final places, then sorts and appends them bucket by bucket.
 
     Returns:
         How many of the interactions have an empty review.
@@ -103,7 +101,7 @@ def _write_interactions(path: Path, work: Path, numbered: Numbered) -> int:
     empty = 0
     with tqdm(total=2 * rows, desc="Writing interactions", unit=" rows", unit_scale=True) as progress:
         buckets = [work / f"{bucket}.arrow" for bucket in range(-(-rows // size))]
-        _deal(work / "texts.arrow", buckets, place, size, progress)
+        _distribute(work / "texts.arrow", buckets, place, size, progress)
         with pq.ParquetWriter(path, INTERACTIONS, compression="zstd") as writer:
             for number, bucket in enumerate(buckets):
                 with pa.OSFile(str(bucket)) as file:
@@ -116,7 +114,7 @@ def _write_interactions(path: Path, work: Path, numbered: Numbered) -> int:
     return empty
 
 
-def _deal(texts: Path, buckets: list[Path], place: np.ndarray, size: int, progress: tqdm) -> None:
+def _distribute(texts: Path, buckets: list[Path], place: np.ndarray, size: int, progress: tqdm) -> None:
     schema = TEXTS.insert(0, pa.field("place", pa.int64()))
     options = pa.ipc.IpcWriteOptions(compression="lz4")
     with contextlib.ExitStack() as stack:

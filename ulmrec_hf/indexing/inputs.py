@@ -14,7 +14,7 @@ from scipy import sparse
 from ..files import write_json
 from ..protocol import train_lengths
 from ..tables import LeaveOneOut, Sequences, UserTexts
-from .dataset import ArrayTable, Input, Table, UserDataset, unit
+from .dataset import Input, Table, UserDataset, unit
 from .embeddings import embed_in_memory
 from .encoder import TextEncoder, TfidfEncoder, load_encoder
 
@@ -33,9 +33,7 @@ class TrainPart:
         weights: how much each input counts, by its name.
         texts: of the inputs reviews and titles.
         numbers: of the inputs ratings and times (seconds since 1970), float64 [interactions], NaN where unknown.
-        user_ids: the users, in ascending dense order.
-        item_ids: raw ids of the items 1..n.
-        sequences: the items of the interactions.
+        user_ids, item_ids, sequences: see `LeaveOneOut`.
     """
 
     weights: dict[str, float]
@@ -47,11 +45,7 @@ class TrainPart:
 
     @classmethod
     def read(cls, data: LeaveOneOut, names: Sequence[str], weights: Sequence[float] = ()) -> Self:
-        """Reads the inputs of these names.
-
-        Args:
-            names: of `arguments.INPUTS`; "auto" is reviews where the train part has any, else titles.
-            weights: one for each name; none at all for 1 each.
+        """Reads the inputs of these names, see `arguments.INPUTS`; without weights, each counts 1.
 
         Raises:
             ValueError: an input that the data does not have.
@@ -70,7 +64,7 @@ class TrainPart:
                     raise ValueError(f"inputs holds {name}, but {where} has none in its train part: leave it out.")
                 numbers[name] = values
             by_name[name] = weight
-        texts = dict(sorted(texts.items()))  # an encoder is fitted on them in the same order, whatever that of names
+        texts = dict(sorted(texts.items()))  # so that the order of names does not change what an encoder is fitted on
         return cls(by_name, texts, numbers, data.user_ids, data.item_ids, data.sequences.select(kept))
 
 
@@ -112,13 +106,7 @@ class InputEncoder:
         max_reviews: int = 50,
         user_ids: bool = False,
     ) -> Self:
-        """Fits all but the text encoder on the train part.
-
-        Args:
-            encoder: of reviews and titles, fitted; None without either.
-            cooccurrence_dim: length of an item's vector by co-occurrence, at most.
-            max_reviews, user_ids: see the class.
-        """
+        """Fits all but the text encoder on the train part; an item's vector has at most `cooccurrence_dim` numbers."""
         ranges = {name: [float(np.nanmin(part)), float(np.nanmax(part))] for name, part in train.numbers.items()}
         if "cooccurrence" not in train.weights:
             return cls(train.weights, encoder, ranges=ranges, max_reviews=max_reviews, user_ids=user_ids)
@@ -129,8 +117,7 @@ class InputEncoder:
         """The vectors of all users of a train part, which need not be the one that this was fitted on.
 
         Args:
-            embed: gives a table of vectors by the text encoder, what is encoded (the name of an input, or
-                "user_ids") and the strings.
+            embed: from the encoder, what is encoded (an input's name, or "user_ids") and the strings to their vectors.
         """
         inputs = []
         for name, weight in self.weights.items():
@@ -139,16 +126,16 @@ class InputEncoder:
                 inputs.append(Input(embed(self.encoder, name, texts.texts), texts.text_ids, weight))
             elif name == "cooccurrence":
                 rows = np.array([self._rows.get(item, -1) for item in train.item_ids], np.int32)
-                inputs.append(Input(ArrayTable(self.item_vectors), rows[train.sequences.items - 1], weight))
+                inputs.append(Input(self.item_vectors, rows[train.sequences.items - 1], weight))
             else:
                 different, ids = np.unique(train.numbers[name], return_inverse=True)
                 ids = np.where(np.isnan(different[ids]), -1, ids).astype(np.int32)
-                inputs.append(Input(ArrayTable(self.scale(name, different)), ids, weight))
+                inputs.append(Input(self.scale(name, different), ids, weight))
         users = None
         if self.user_ids and self.encoder:
             users = embed(self.encoder, "user_ids", train.user_ids)
         elif self.user_ids:
-            users = ArrayTable(self.encode_user_ids(train.user_ids))
+            users = self.encode_user_ids(train.user_ids)
         return UserDataset(inputs, train.sequences.offsets, users, self.max_reviews)
 
     @property

@@ -22,8 +22,7 @@ def share_rate(things: sparse.csr_matrix, *, max_users: int = 200_000, seed: int
 
     Args:
         things: sparse [users, things]; what is stored and not 0 counts.
-        max_users: with more users than this, the pairs are those among so many users drawn at random.
-        seed: of that draw.
+        max_users, seed: with more users than this, the pairs are those among so many users drawn at random.
 
     Returns:
         A probability; 0 with fewer than two users.
@@ -47,16 +46,16 @@ def lift(
     """How much more often two users share a thing if they share a prefix of their codes; exact over all pairs.
 
     Args:
-        codes: integers of 0 or more, [users, levels]. A grouping of users is the codes [users, 1].
+        codes: integers of 0 or more, [users, levels].
         things: sparse [users, things], such as items or words; what is stored and not 0 counts.
         base_rate: `share_rate` of `things`, where it is known already.
         max_users, seed: see `share_rate`; the pairs under a prefix are always all counted.
 
     Returns:
-        One value for each prefix length 1..levels: `lift`, None where no two users share a prefix, or no two users of
-        all share a thing; `interval`, its [low, high] of 95 %, by bootstrap over the prefixes and with the base rate as
-        given, None for fewer than 10 prefixes of two users or where no pair shares a thing; `pairs`, how many pairs of
-        users share a prefix; `shared`, how many of these share a thing.
+        One value for each prefix length 1..levels: `lift`, None where no two users share a prefix, or no two of all
+        share a thing; `interval`, its [low, high] of 95 %, by bootstrap over the prefixes with a fixed base rate, None
+        for fewer than 10 prefixes of two users or where no pair shares a thing; `pairs`, how many pairs of users share
+        a prefix; `shared`, how many of these share a thing.
 
     Raises:
         ValueError: codes are not such integers, or not of the users of `things`.
@@ -94,7 +93,7 @@ def neighbour_lift(
 ) -> dict[str, Any]:
     """The lift of the pairs (user, each of its k nearest users by cosine): what an index is compared with.
 
-    The search is exact. A user whose vector is zero has no neighbours and is nobody's.
+    The search is exact. A user whose vector is zero has no neighbours and is not a neighbour.
 
     Args:
         vectors: float [users, dim].
@@ -144,15 +143,11 @@ def rating_agreement(codes: np.ndarray, users: np.ndarray, items: np.ndarray, ra
         users, items, ratings: one value a rating, oldest first within a user; a rating of NaN is left out.
 
     Returns:
-        One value for each prefix length 1..levels: `ratio`, the mean absolute difference under one prefix divided by
-        that of any two users, so that below 1 is agreement and None is unknown; `pairs`, how many triples it is from.
+        By prefix length: `ratio` of the mean absolute differences, None where unknown; `pairs`, how many triples.
     """
     known = ~np.isnan(ratings)
-    users, items, ratings = (
-        users[known][::-1].astype(np.int64),
-        items[known][::-1].astype(np.int64),
-        ratings[known][::-1],
-    )
+    users, items = (ids[known][::-1].astype(np.int64) for ids in (users, items))
+    ratings = ratings[known][::-1]
     width = int(items.max(initial=0)) + 1
     first = np.unique(users * width + items, return_index=True)[1]
     users, items, ratings = users[first], items[first], ratings[first].astype(np.float64)
@@ -188,7 +183,7 @@ def word_weights(users: UserTexts) -> tuple[sparse.csr_matrix, list[str]]:
 
 
 def top_words(weights: sparse.csr_matrix) -> sparse.csr_matrix:
-    """The five highest values of each row, ties by column; what `word_weights` gives, say."""
+    """The five highest values of each row, ties by column."""
     rows = np.repeat(np.arange(weights.shape[0]), np.diff(weights.indptr))
     order = np.lexsort((weights.indices, -weights.data, rows))
     best = order[np.arange(len(order)) - weights.indptr[rows] < TOP_WORDS]
@@ -227,7 +222,7 @@ def prefix_groups(codes: np.ndarray) -> list[np.ndarray]:
             f"{list(codes.shape)}."
         )
     groups, found = np.zeros(len(codes), np.int64), []
-    for level in codes.T.astype(np.int64):
+    for level in codes.T.astype(np.int64):  # numbered afresh at each level, so that no number of levels is too large
         groups = np.unique(groups * (level.max(initial=0) + 1) + level, return_inverse=True)[1]
         found.append(groups)
     return found

@@ -1,7 +1,7 @@
 """The quality of a user index as JSON, Markdown and plots; the measures are those of `lift`."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +10,14 @@ from scipy import sparse
 
 from ..figures import BLUE, GREY, ORANGE, markdown_table, number, plain_axes, save_figure
 from ..files import write_json, write_text
-from ..tables import LeaveOneOut, UserTexts, held_out
+from ..protocol import train_lengths
+from ..tables import LeaveOneOut, UserTexts
 from ..user_index import UserIndex, spell_codes
 from .assignment import Assignment, count_collisions
 from .lift import TOP_WORDS, incidence, lift, prefix_groups, rating_agreement, top_words, word_weights
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 PLOTS = {
@@ -48,15 +50,14 @@ def index_quality(
         texts: the train texts of the users, which the cases and the lift of words are of.
         extra: further entries of the report.
         cases: how many users are described one by one.
-        max_users, seed: see `share_rate`; the seed is the bootstrap's as well.
+        max_users, seed: see `lift`.
 
     Returns:
-        What `UserIndex.report` returns, `collisions_before` and `collisions_after` (users who share their codes before
-        and after the assignment), `reconstruction_error`, `extra`; `lift_users`, how many users the base rate of the
-        lifts is from; `cases`; and lists by prefix length: `lift_train`, `lift_heldout` with `lift_heldout_interval`,
-        `lift_words` (the five words of a user with the highest TF-IDF), `pairs_heldout` (all pairs of users under one
-        prefix, the same for every lift), `shared_train`, `shared_heldout`, `shared_words` (how many of these share an
-        item or a word), `rating_agreement`, `rated_pairs`. See `lift` and `rating_agreement`.
+        What `UserIndex.report` returns, `collisions_before` and `collisions_after` the assignment (`count_collisions`),
+        `reconstruction_error`, `extra`; `lift_users`, how many users the base rate of the lifts is from; `cases`; and
+        by prefix length what `lift` and `rating_agreement` give: `lift_...` and `shared_...` of `train` and `heldout`
+        items and of `words` (a user's `top_words`), `lift_heldout_interval`, `pairs_heldout` (the same for every lift),
+        `rating_agreement`, `rated_pairs`.
 
     Raises:
         ValueError: the users of the index, the assignment, the data and the texts are not the same.
@@ -90,7 +91,8 @@ def index_quality(
 
 def _shared_things(index: UserIndex, data: LeaveOneOut) -> tuple[dict[str, sparse.csr_matrix], dict[str, list]]:
     """The train and the held-out items of the users, and the agreement of their train ratings."""
-    sequences, later = data.sequences, held_out(data.sequences)
+    sequences = data.sequences
+    later = ~sequences.oldest(train_lengths(sequences.lengths))
     rows = np.repeat(np.arange(len(sequences)), sequences.lengths)
     shape = (len(sequences), sequences.num_items + 1)
     things = {
@@ -106,9 +108,7 @@ def write_quality_report(
     """Writes report.json, report.md and the `PLOTS` into `folder`; equal input gives equal bytes.
 
     Args:
-        folder: made where it is missing; each file is replaced atomically.
         quality: what `index_quality` returned for this index.
-        index: the user index.
         latents: float [users, code_dim].
     """
     folder = Path(folder)
@@ -183,11 +183,27 @@ def quality_markdown(quality: Mapping[str, Any]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def _plot(
+    path: str | os.PathLike, draw: Callable[["Axes"], None], x_label: str, y_label: str, *, legend: bool = True
+) -> None:
+    """Writes what `draw` puts on the axes of a figure as PNG."""
+
+    def draw_figure(figure: "Figure") -> None:
+        axes = figure.subplots()
+        draw(axes)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        if legend:
+            axes.legend(frameon=False)
+        plain_axes(axes)
+
+    save_figure(path, draw_figure)
+
+
 def plot_lift(path: str | os.PathLike, quality: Mapping[str, Any]) -> None:
     """Lift by prefix length on a log axis: train items, held-out items with their interval, and 1."""
 
-    def draw(figure: "Figure") -> None:
-        axes = figure.subplots()
+    def draw(axes: "Axes") -> None:
         for name, label, color in (("train", "train items", GREY), ("heldout", "held-out items", BLUE)):
             lifts = quality[f"lift_{name}"]
             lengths = [length for length, value in enumerate(lifts, 1) if value]  # neither None nor 0 has a place here
@@ -198,55 +214,40 @@ def plot_lift(path: str | os.PathLike, quality: Mapping[str, Any]) -> None:
         axes.axhline(1, color=ORANGE, lw=1.4, ls="--", label="random index")
         axes.set_yscale("log")
         axes.set_xticks(range(1, len(quality["lift_train"]) + 1))
-        axes.set_xlabel("prefix length")
-        axes.set_ylabel("lift")
-        axes.legend(frameon=False)
-        plain_axes(axes)
 
-    save_figure(path, draw)
+    _plot(path, draw, "prefix length", "lift")
 
 
 def plot_code_frequency(path: str | os.PathLike, index: UserIndex) -> None:
     """How many users each code of a level has, most used first, beside an even use."""
 
-    def draw(figure: "Figure") -> None:
-        axes = figure.subplots()
+    def draw(axes: "Axes") -> None:
         for level, codes in enumerate(index.codes.T, 1):
             use = np.sort(np.bincount(codes, minlength=index.codebook_size))[::-1]
             axes.plot(np.arange(1, len(use) + 1), use, lw=1.6, label=f"level {level}")
         axes.axhline(len(index) / index.codebook_size, color="black", lw=1.2, ls="--", label="even use")
-        axes.set_xlabel("code, most used first")
-        axes.set_ylabel("users")
         axes.set_ylim(bottom=0)
-        axes.legend(frameon=False)
-        plain_axes(axes)
 
-    save_figure(path, draw)
+    _plot(path, draw, "code, most used first", "users")
 
 
 def plot_prefix_sizes(path: str | os.PathLike, index: UserIndex) -> None:
     """How many users each prefix has, largest first, a line for each prefix length; both axes are logarithmic."""
 
-    def draw(figure: "Figure") -> None:
-        axes = figure.subplots()
+    def draw(axes: "Axes") -> None:
         for length, groups in enumerate(prefix_groups(index.codes), 1):
             sizes = np.sort(np.bincount(groups))[::-1]
             axes.plot(np.arange(1, len(sizes) + 1), sizes, lw=1.6, label=f"length {length}: {len(sizes):,} prefixes")
         axes.set_xscale("log")
         axes.set_yscale("log")
-        axes.set_xlabel("prefix, largest first")
-        axes.set_ylabel("users")
-        axes.legend(frameon=False)
-        plain_axes(axes)
 
-    save_figure(path, draw)
+    _plot(path, draw, "prefix, largest first", "users")
 
 
 def plot_user_map(path: str | os.PathLike, index: UserIndex, latents: np.ndarray) -> None:
     """The first two principal components of at most 20,000 users' latents; colours repeat after 20 codes."""
 
-    def draw(figure: "Figure") -> None:
-        axes = figure.subplots()
+    def draw(axes: "Axes") -> None:
         shown = _evenly(len(index), _MAP_USERS)
         centred = latents[shown].astype(np.float64)
         centred -= centred.mean(axis=0)
@@ -254,27 +255,20 @@ def plot_user_map(path: str | os.PathLike, index: UserIndex, latents: np.ndarray
         points = np.zeros((len(shown), 2))
         points[:, : components.shape[1]] = centred @ components  # a latent of length 1 has one component
         axes.scatter(*points.T, c=index.codes[shown, 0] % 20, cmap="tab20", vmin=0, vmax=19, s=4, linewidths=0)
-        axes.set_xlabel("first principal component")
-        axes.set_ylabel("second principal component")
         axes.set_title(f"{len(shown):,} users, coloured by their first code", fontsize=11)
-        plain_axes(axes)
 
-    save_figure(path, draw)
+    _plot(path, draw, "first principal component", "second principal component", legend=False)
 
 
 def plot_reconstruction_error(path: str | os.PathLike, errors: Sequence[float]) -> None:
     """The reconstruction error after each level."""
 
-    def draw(figure: "Figure") -> None:
-        axes = figure.subplots()
+    def draw(axes: "Axes") -> None:
         axes.plot(range(1, len(errors) + 1), errors, color=BLUE, marker="o", ms=5)
         axes.set_xticks(range(1, len(errors) + 1))
-        axes.set_xlabel("codes")
-        axes.set_ylabel("mean squared error")
         axes.set_ylim(0, 1.1 * max(errors) or 1)
-        plain_axes(axes)
 
-    save_figure(path, draw)
+    _plot(path, draw, "codes", "mean squared error", legend=False)
 
 
 def _cases(

@@ -1,4 +1,4 @@
-"""The indexing stage: the train part -> embeddings -> indexer -> unique user index, and what it is worth."""
+"""The indexing stage: the train part -> embeddings -> indexer -> unique user index and its quality."""
 
 import logging
 import os
@@ -6,22 +6,24 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from safetensors import SafetensorError
 
 from ..files import atomic_folder, hash_file, hash_value
 from ..stages import begin_stage, partial_folder, run_stage, stage_fingerprint, stage_is_current
 from ..tables import LeaveOneOut, UserTexts
 from ..user_index import UserIndex
 from .arguments import INDEXERS, IndexArguments
-
-if TYPE_CHECKING:
-    from accelerate import PartialState
-
-    from .assignment import Assignment
-    from .base import Indexer
-    from .dataset import Table, UserDataset
-    from .encoder import TextEncoder
-    from .inputs import InputEncoder, TrainPart
+from .assignment import Assignment, check_capacity
+from .base import Indexer
+from .dataset import Table, UserDataset
+from .embeddings import write_embeddings
+from .encoder import TextEncoder, fit_encoder, load_encoder
+from .inputs import InputEncoder, TrainPart
+from .report import index_quality, write_quality_report
 
 logger = logging.getLogger(__name__)
 EMBEDDINGS = "embeddings"  # the shards' folder while the stage is made
@@ -33,26 +35,22 @@ def index_users(
     """Makes the stage `output_dir/index` from a data stage, in one process; returns its folder.
 
     It holds user_index.parquet, indexer/ (the `Indexer` with all it needs to index new users) and what
-    `write_quality_report` writes. Only the train part of each user is read, but for the lift of held-out items in the
-    report. A killed run resumes with the embeddings it has, or that `encode_inputs` made.
+    `write_quality_report` writes. Only train parts are read, except for the lift of held-out items in the report. A
+    killed run resumes with the embeddings it has, or that `encode_inputs` made.
 
     Raises:
         ValueError: an unfinished data stage, an input that it does not have, embeddings that are not finite, a codebook
             too small for the users, or a stage of other settings stands there.
     """
-    return run_stage(
-        *_stage(args, data, output_dir),
-        lambda folder: _build(args, data, folder),
-        overwrite=overwrite,
-        resume=True,
-    )
+    stage = _stage(args, data, output_dir)
+    return run_stage(*stage, lambda folder: _build(args, data, folder), overwrite=overwrite, resume=True)
 
 
 def encode_inputs(
     args: IndexArguments,
     data: LeaveOneOut,
     output_dir: str | os.PathLike,
-    state: "PartialState",
+    state: PartialState,
     *,
     overwrite: bool = False,
 ) -> None:
@@ -67,7 +65,7 @@ def encode_inputs(
     """
     folder, settings, inputs = _stage(args, data, output_dir)
     current = stage_is_current(folder, settings, inputs, overwrite=overwrite)
-    state.wait_for_everyone()  # nobody may begin to write before all have looked
+    state.wait_for_everyone()  # no process may write before all have looked
     if current:
         return
     if state.is_main_process:
@@ -89,10 +87,6 @@ def _stage(
 
 def _save_encoder(args: IndexArguments, texts: Mapping[str, UserTexts], shards: Path) -> None:
     """Fits the encoder and saves it, unless a killed run left it, and embeddings by it."""
-    from safetensors import SafetensorError
-
-    from .encoder import fit_encoder, load_encoder
-
     why = None
     if (shards / "encoder").is_dir():
         try:
@@ -100,7 +94,7 @@ def _save_encoder(args: IndexArguments, texts: Mapping[str, UserTexts], shards: 
             return
         except (ValueError, KeyError, OSError, SafetensorError) as error:
             why = error
-    encoder = fit_encoder(args, texts)  # where its model is out of reach, this fails before anything is lost
+    encoder = fit_encoder(args, texts)  # where its model cannot be loaded, this fails before anything is lost
     if why is not None:
         logger.warning("The embeddings so far are dropped. %s", why)
         shutil.rmtree(shards)
@@ -109,18 +103,13 @@ def _save_encoder(args: IndexArguments, texts: Mapping[str, UserTexts], shards: 
 
 
 def _encode(
-    args: IndexArguments, data: LeaveOneOut, folder: Path, state: "PartialState"
-) -> tuple["TrainPart", "InputEncoder", "UserDataset"]:
+    args: IndexArguments, data: LeaveOneOut, folder: Path, state: PartialState
+) -> tuple[TrainPart, InputEncoder, UserDataset]:
     """What `Indexer.fit` does before the training, with the vectors in shards in `folder`, by all processes."""
-    from .assignment import check_capacity
-    from .embeddings import write_embeddings
-    from .encoder import load_encoder
-    from .inputs import TrainPart
-
     check_capacity(len(data), args.levels, args.codebook_size)
     train, shards = TrainPart.read(data, args.inputs, args.input_weights), folder / EMBEDDINGS
 
-    def embed(encoder: "TextEncoder", name: str, strings: Sequence[str]) -> "Table":
+    def embed(encoder: TextEncoder, name: str, strings: Sequence[str]) -> Table:
         return write_embeddings(shards / name, strings, encoder, user_ids=name == "user_ids", state=state)
 
     encoder = None
@@ -135,9 +124,6 @@ def _encode(
 
 
 def _build(args: IndexArguments, data: LeaveOneOut, folder: Path) -> None:
-    import torch
-    from accelerate import PartialState
-
     state = PartialState(cpu=not torch.accelerator.is_available())
     if state.num_processes > 1:
         raise ValueError("index_users runs in one process; what several can do for it is encode_inputs.")
@@ -154,14 +140,12 @@ def _build(args: IndexArguments, data: LeaveOneOut, folder: Path) -> None:
 def _report(
     folder: Path,
     data: LeaveOneOut,
-    train: "TrainPart",
-    indexer: "Indexer",
+    train: TrainPart,
+    indexer: Indexer,
     index: UserIndex,
-    assignment: "Assignment",
+    assignment: Assignment,
     seed: int,
 ) -> None:
-    from .report import index_quality, write_quality_report
-
     config = asdict(indexer.settings)
     extra = {
         "inputs": ", ".join(f"{name} x {weight:g}" for name, weight in train.weights.items()),
@@ -173,9 +157,5 @@ def _report(
     texts = next(iter(train.texts.values())) if train.texts else data.texts("titles")
     quality = index_quality(index, assignment, data, texts, extra=extra, seed=seed)
     write_quality_report(folder, quality, index, assignment.latents)
-    logger.info(
-        "User index of %d users: perplexity %s, held-out lift %s",
-        len(index),
-        quality["perplexity"],
-        quality["lift_heldout"],
-    )
+    message = "User index of %d users: perplexity %s, held-out lift %s"
+    logger.info(message, len(index), quality["perplexity"], quality["lift_heldout"])

@@ -1,8 +1,8 @@
 """Settings of the preferences, for YAML and the command line."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from ..stages import check_types
+from ..stages import check_types, setting
 from .base import EXTRACTORS, check_rows
 
 
@@ -14,23 +14,17 @@ class PreferenceArguments:
         ValueError: a setting has a value that cannot be used; the message names the setting.
     """
 
-    extractor: str = field(
-        default="key_phrases", metadata={"help": "key_phrases: the most telling words and word pairs by TF-IDF."}
+    extractor: str = setting("key_phrases", "key_phrases: the most telling words and word pairs by TF-IDF.")
+    num_phrases: int = setting(6, "Phrases in a preference at most.")
+    train_positions: int = setting(
+        0,
+        "For how many of a user's newest training targets a preference is made from what came before them, besides "
+        "the one from the whole train part; 0 = for all of them.",
     )
-    num_phrases: int = field(default=6, metadata={"help": "Phrases in a preference at most."})
-    train_positions: int = field(
-        default=0,
-        metadata={
-            "help": "For how many of a user's newest training targets a preference is made from what came before them, "
-            "besides the one from the whole train part; 0 = for all of them."
-        },
-    )
-    evidence: str = field(
-        default="train",
-        metadata={
-            "help": "train: only the train part before the target. all: every interaction, the test target included, "
-            "as the paper did; such results are leaky and are reported as such."
-        },
+    evidence: str = setting(
+        "train",
+        "train: only the train part before the target. all: every interaction, the test target included, as the paper "
+        "did; such results are leaky and are reported as such.",
     )
 
     def __post_init__(self):

@@ -52,18 +52,15 @@ class PreferenceExtractor(ABC):
         """One preference for each list of texts, `NO_PREFERENCE` where they say nothing."""
 
     def extract(self, data: LeaveOneOut, *, train_positions: int = 0, evidence: str = "train") -> pa.Table:
-        """The preferences that prompts may show, by user and position; an extractor that is not fitted is fitted first.
+        """The preferences that prompts may show, a table of schema `PREFERENCES`; fits an extractor that is not fitted.
 
-        `position` = length of the train part is for validation and test and is made from all of the train part; each
-        training target 1 <= `position` < that is described by the interactions before it alone.
+        `position` = length of the train part is for validation and test and is made from all of the train part; a
+        training target, at an earlier position, is described by the interactions before it alone.
 
         Args:
             data: the users' texts: reviews, or titles where there are none.
             train_positions: for how many of a user's newest training targets there is a row; 0 = for all.
-            evidence: "train", or "all": everything a user wrote, the test target included, whatever the position.
-
-        Returns:
-            A table of schema `PREFERENCES`.
+            evidence: "train", or "all": everything a user wrote, the test target included, at every position.
 
         Raises:
             ValueError: a setting has a value that cannot be used.

@@ -1,4 +1,4 @@
-"""Preferences as key phrases: the words and word pairs that tell a user's texts from everybody else's."""
+"""Preferences as key phrases: the words and word pairs that distinguish a user's texts from all others."""
 
 from collections.abc import Sequence
 from typing import Self
@@ -36,7 +36,7 @@ class KeyPhrases(PreferenceExtractor):
         """
         from sklearn.feature_extraction.text import CountVectorizer
 
-        # In a corpus of some size a phrase must recur: one that occurs once says nothing about anybody else.
+        # In a corpus of some size a phrase must recur: one that occurs once is shared with no other user.
         self._vectorizer = CountVectorizer(
             ngram_range=(1, 2), stop_words="english", min_df=min(3, 1 + len(texts) // 100), dtype=np.float32
         )

@@ -16,9 +16,7 @@ from .base import EXTRACTORS
 def extract_preferences(
     args: PreferenceArguments, data: LeaveOneOut, output_dir: str | os.PathLike, *, overwrite: bool = False
 ) -> Path:
-    """Makes the stage `output_dir/preferences` from a data stage; returns its folder.
-
-    preferences.parquet holds what `PreferenceExtractor.extract` gives.
+    """Writes what `PreferenceExtractor.extract` gives as the stage `output_dir/preferences`; returns its folder.
 
     Raises:
         ValueError: an unfinished data stage, or a stage of other settings stands there.

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, fields
 
 from ..registry import Registry
-from ..stages import check_types
+from ..stages import check_types, setting
 
 # each by the `model_type` in its config.json; they stand here, since settings are checked without importing torch
 RETRIEVERS = Registry(
@@ -29,90 +29,69 @@ class RetrieverArguments:
         ValueError: a setting is unknown to the registry, out of its range, or of the wrong type.
     """
 
-    retriever: str = field(
-        default="lrurec",
-        metadata={
-            "help": "The retriever that finds the candidates: popularity, item_knn, text, lrurec, narm, bert4rec, "
-            "sasrec, hybrid, or a registered one."
-        },
+    retriever: str = setting(
+        "lrurec",
+        "The retriever that finds the candidates: popularity, item_knn, text, lrurec, narm, bert4rec, sasrec, hybrid, "
+        "or a registered one.",
     )
-    num_candidates: int = field(default=20, metadata={"help": "Candidates per row: the retriever's top k."})
-    train_positions: int = field(
-        default=5, metadata={"help": "How many of the newest train positions of each user get candidates; 0 = all."}
+    num_candidates: int = setting(20, "Candidates per row: the retriever's top k.")
+    train_positions: int = setting(5, "How many of the newest train positions of each user get candidates; 0 = all.")
+    max_history: int = setting(50, "How many of the newest history items a retriever reads.")
+    refit: bool = setting(
+        False,
+        "For test rows, recount item statistics (popularity, item_knn) over the train and validation items; learned "
+        "weights stay.",
     )
-    max_history: int = field(default=50, metadata={"help": "How many of the newest history items a retriever reads."})
-    refit: bool = field(
-        default=False,
-        metadata={
-            "help": "For test rows, recount item statistics (popularity, item_knn) over the train and validation "
-            "items; learned weights stay."
-        },
-    )
-    cross_fit: int = field(
-        default=0,
-        metadata={
-            "help": "Folds of users: candidates of a fold's train positions come from a retriever fitted without its "
-            "users, at the cost of one more fit per fold; 0 = from the retriever itself, which was trained on them."
-        },
+    cross_fit: int = setting(
+        0,
+        "Folds of users: candidates of a fold's train positions come from a retriever fitted without its users, at "
+        "the cost of one more fit per fold; 0 = from the retriever itself, which was trained on them.",
     )
 
-    knn_window: int = field(default=50, metadata={"help": "item_knn: items at most this far apart are neighbours."})
-    knn_backward_weight: float = field(
-        default=0.5, metadata={"help": "item_knn: weight of the preceding item; the following item has weight 1."}
+    knn_window: int = setting(50, "item_knn: items at most this far apart are neighbours.")
+    knn_backward_weight: float = setting(
+        0.5, "item_knn: weight of the preceding item; the following item has weight 1."
     )
-    knn_recency: float = field(
-        default=0.6, metadata={"help": "item_knn: factor on a history item's weight per step back from the newest."}
-    )
-    knn_popularity_exponent: float = field(
-        default=0.3,
-        metadata={"help": "item_knn: a history item's weights are divided by its count to this power."},
+    knn_recency: float = setting(0.6, "item_knn: factor on a history item's weight per step back from the newest.")
+    knn_popularity_exponent: float = setting(
+        0.3, "item_knn: a history item's weights are divided by its count to this power."
     )
 
-    text_encoder: str = field(
-        default="tfidf", metadata={"help": 'Encoder of the titles: "tfidf", or a sentence-transformers model.'}
-    )
-    text_recency: float = field(
-        default=0.6, metadata={"help": "text: factor on a history item's weight per step back from the newest."}
-    )
-    text_neighbours: int = field(default=200, metadata={"help": "text: how many similar items are kept per item."})
+    text_encoder: str = setting("tfidf", 'Encoder of the titles: "tfidf", or a sentence-transformers model.')
+    text_recency: float = setting(0.6, "text: factor on a history item's weight per step back from the newest.")
+    text_neighbours: int = setting(200, "text: how many similar items are kept per item.")
 
     hybrid_components: list[str] = field(
         default_factory=lambda: ["lrurec", "sasrec", "item_knn", "text"],
         metadata={"help": "hybrid: the retrievers it combines, each fitted with the settings here."},
     )
 
-    start_from_titles: bool = field(
-        default=False,
-        metadata={"help": "Neural retrievers: initialise item embeddings from titles, not at random."},
+    start_from_titles: bool = setting(
+        False, "Neural retrievers: initialise item embeddings from titles, not at random."
     )
-    hidden_size: int = field(default=64, metadata={"help": "Neural retrievers: width of embeddings and layers."})
-    num_layers: int = field(default=2, metadata={"help": "Neural retrievers: number of blocks."})
-    num_heads: int = field(default=2, metadata={"help": "bert4rec and sasrec: attention heads."})
-    mask_probability: float = field(
-        default=0.6,
-        metadata={"help": "bert4rec: probability of masking an item in training (at least one per row)."},
+    hidden_size: int = setting(64, "Neural retrievers: width of embeddings and layers.")
+    num_layers: int = setting(2, "Neural retrievers: number of blocks.")
+    num_heads: int = setting(2, "bert4rec and sasrec: attention heads.")
+    mask_probability: float = setting(
+        0.6, "bert4rec: probability of masking an item in training (at least one per row)."
     )
-    dropout: float = field(default=0.5, metadata={"help": "Neural retrievers: dropout probability."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Neural retrievers: peak learning rate of AdamW."})
-    lr_scheduler_type: str = field(
-        default="constant",
-        metadata={
-            "help": "Neural retrievers: learning rate schedule: constant, or linear or cosine, which decay to 0 over "
-            "all epochs (set patience to the number of epochs then).",
-            "choices": list(SCHEDULES),
-        },
+    dropout: float = setting(0.5, "Neural retrievers: dropout probability.")
+    learning_rate: float = setting(1e-3, "Neural retrievers: peak learning rate of AdamW.")
+    lr_scheduler_type: str = setting(
+        "constant",
+        "Neural retrievers: learning rate schedule: constant, or linear or cosine, which decay to 0 over all epochs "
+        "(set patience to the number of epochs then).",
+        choices=list(SCHEDULES),
     )
-    weight_decay: float = field(default=0.01, metadata={"help": "Neural retrievers: weight decay of AdamW."})
-    batch_size: int = field(default=128, metadata={"help": "Neural retrievers: mean sequences per training step."})
-    epochs: int = field(default=100, metadata={"help": "Neural retrievers: maximum number of epochs."})
-    patience: int = field(
-        default=5,
-        metadata={
-            "help": "Neural retrievers: stop after this many epochs without a better validation NDCG@10 and keep the "
-            "best epoch; 0 = no validation: train all epochs and keep the last."
-        },
+    weight_decay: float = setting(0.01, "Neural retrievers: weight decay of AdamW.")
+    batch_size: int = setting(128, "Neural retrievers: mean sequences per training step.")
+    epochs: int = setting(100, "Neural retrievers: maximum number of epochs.")
+    patience: int = setting(
+        5,
+        "Neural retrievers: stop after this many epochs without a better validation NDCG@10 and keep the best epoch; "
+        "0 = no validation: train all epochs and keep the last.",
     )
-    seed: int = field(default=42, metadata={"help": "Seed of initial weights, dropout and the order of batches."})
+    seed: int = setting(42, "Seed of initial weights, dropout and the order of batches.")
 
     def __post_init__(self):
         check_types(self)

@@ -15,7 +15,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 from transformers import PreTrainedConfig
 
-from ..protocol import SPLITS, target_positions
+from ..protocol import EVALUATED, SPLITS, target_positions
 from ..tables import CANDIDATES, LeaveOneOut, Sequences
 from .arguments import RETRIEVERS, STAGE_SETTINGS, RetrieverArguments
 from .candidates import candidate_tables, rank_table, retrieve, search
@@ -27,8 +27,7 @@ class RetrieverConfig(PreTrainedConfig):
     """What every retriever's config.json holds.
 
     Attributes:
-        num_items: how many items the catalogue holds.
-        catalogue: hash of the catalogue, so that a retriever of another one is refused.
+        num_items, catalogue: see `Sequences`; a retriever of another catalogue is refused.
         max_history: how many of the newest history items are read.
     """
 
@@ -41,8 +40,8 @@ class Retriever(ABC):
     """Scores the whole catalogue for given histories.
 
     A subclass sets `config_class`, whose `model_type` is its name in `RETRIEVERS`, and implements `fit_sequences`,
-    `score`, `save_pretrained` and `from_pretrained`. With the base `CountingRetriever` the first two are enough, with
-    `NeuralRetriever` only `encode`.
+    `score`, `save_pretrained` and `from_pretrained`; of a `CountingRetriever` the first two, of a `NeuralRetriever`
+    only `encode`.
 
     Attributes:
         components: the retrievers that this one combines.
@@ -61,7 +60,7 @@ class Retriever(ABC):
         """Fits a retriever on the train part; validation targets only choose the epoch or a hybrid's combiner.
 
         Args:
-            data: the interactions; test targets are never read.
+            data: test targets are never read.
             args: the settings; the defaults if not given.
             settings: fields of `RetrieverArguments` that replace those of `args`.
 
@@ -80,7 +79,6 @@ class Retriever(ABC):
         Args:
             sequences: whole sequences; fit on `sequences.train_part()` alone.
             titles: of the items 1..num_items, in that order.
-            args: the settings.
         """
 
     @classmethod
@@ -120,10 +118,8 @@ class Retriever(ABC):
     def top(self, histories: Iterable[Sequence[int]], k: int = 20) -> tuple[np.ndarray, np.ndarray]:
         """The k best items for each history, none of which is in it; of tied items the lower id comes first.
 
-        The histories of one split's rows, all of them and in the order of the candidates table, give that table's items
-        and scores to the last bit. Histories are scored in batches of similar length, and the composition of a batch
-        may change the last bits of a neural retriever's scores; so for another selection of histories, scores agree up
-        to rounding, and items up to the order of those whose scores are that close.
+        Histories are scored in batches of similar length, and what shares a batch may change the last bits of a neural
+        retriever's scores: all rows of a split, in order, give exactly its candidates, a selection up to rounding.
 
         Args:
             histories: as for `score`, except that all known items are excluded, not just the newest `max_history`.
@@ -135,14 +131,14 @@ class Retriever(ABC):
         Raises:
             ValueError: k is below 1, or the scores are NaN.
         """
-        return search(self, self.known_items(histories), _at_least("k", k, 1))[:2]
+        _check_at_least("k", k, 1)
+        return search(self, self.known_items(histories), k)[:2]
 
     def candidates(self, data: LeaveOneOut, k: int = 20, train_positions: int = 5) -> pa.Table:
         """The top k of the train positions, validation and test, with the schema `tables.CANDIDATES`.
 
-        Only the history before a row's position is read. Weights and counts come from the whole train part, however,
-        so the lists of training positions are better than those of unseen users: the retriever was trained on those
-        very targets (the setting `cross_fit` of the stage avoids that).
+        Only the history before a row's position is read, but the retriever was trained on the targets of the training
+        positions, so that their lists are better than those of unseen users (`cross_fit` of the stage avoids that).
 
         Args:
             data: of the same catalogue as the data it was fitted on.
@@ -156,12 +152,12 @@ class Retriever(ABC):
         Raises:
             ValueError: k below 1, train_positions below 0, data of another catalogue, or scores that are NaN.
         """
-        _at_least("k", k, 1)
-        _at_least("train_positions", train_positions, 0)
+        _check_at_least("k", k, 1)
+        _check_at_least("train_positions", train_positions, 0)
         tables = candidate_tables({split: [self] for split in SPLITS}, data.sequences, k, train_positions)
         return pa.concat_tables([CANDIDATES.empty_table(), *tables])
 
-    def ranks(self, data: LeaveOneOut, splits: Sequence[str] = ("validation", "test")) -> pa.Table:
+    def ranks(self, data: LeaveOneOut, splits: Sequence[str] = EVALUATED) -> pa.Table:
         """The rank of every target in the catalogue without its history, with the schema `tables.RANKS`.
 
         Ranks start at 1 = best; 0 = the target is in the history, and so cannot be retrieved.
@@ -226,10 +222,9 @@ class CountingRetriever(Retriever):
 
 
 def load_retriever(folder: str | os.PathLike, *, catalogue: str | None = None) -> Retriever:
-    """Loads a saved retriever; the `model_type` in its config.json names its class in `RETRIEVERS`.
+    """Loads what `save_pretrained` or the retrieval stage wrote.
 
     Args:
-        folder: what `save_pretrained` or the retrieval stage wrote.
         catalogue: the hash of the catalogue it must belong to (`Sequences.catalogue`); None does not check.
 
     Raises:
@@ -245,7 +240,6 @@ def load_retriever(folder: str | os.PathLike, *, catalogue: str | None = None) -
     return retriever
 
 
-def _at_least(name: str, value: int, lowest: int) -> int:
+def _check_at_least(name: str, value: int, lowest: int) -> None:
     if value < lowest:
         raise ValueError(f"{name} must be at least {lowest}; got {value}.")
-    return value

@@ -8,12 +8,7 @@ from .neural import NeuralRetriever, NeuralRetrieverConfig, RetrieverOutput
 
 
 class BERT4RecConfig(NeuralRetrieverConfig):
-    """The config of `BERT4Rec`.
-
-    Attributes:
-        num_heads: attention heads; hidden_size must be a multiple.
-        mask_probability: how probably an item is masked in training, in [0, 1); one of each row always is.
-    """
+    """The config of `BERT4Rec`; `hidden_size` must be a multiple of `num_heads`, `mask_probability` is in [0, 1)."""
 
     model_type = "bert4rec"
 
@@ -61,13 +56,10 @@ class BERT4Rec(NeuralRetriever):
         self.post_init()
 
     def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> RetrieverOutput:
-        """Next-item logits, or the loss of items behind masks.
+        """See `NeuralRetriever.forward`; a row has at most `max_history` items.
 
-        Args:
-            input_ids: int64 [batch, length], padded on the right with 0, at most `max_history` items.
-            labels: int64 [batch, length], the item that follows each position, 0 where there is none. In training mode
-                each row is read twice: with random items masked, and with the last one masked; else in the second way
-                alone. `last_hidden_state` is that of the masked rows, float [rows, length + 1, hidden_size].
+        With labels, each row is read with its last item masked and, in training mode, also with random items masked:
+        `last_hidden_state` is that of the masked rows, float [rows, length + 1, hidden_size].
         """
         if labels is None:
             end = (input_ids > 0).sum(1, keepdim=True)

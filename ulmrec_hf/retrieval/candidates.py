@@ -36,9 +36,8 @@ def search(
         bar: advanced by the rows of each batch.
 
     Returns:
-        Items, int64 [rows, k], best first, none from the history; scores, float32 [rows, k], -inf where the catalogue
-        has no more items; ranks, int64 [rows], of the targets in the catalogue without the history, 1 = best, 0 = the
-        target is in the history.
+        Items int64 and scores float32, [rows, k] each, as `Retriever.top` returns them; ranks int64 [rows], see
+        `topk.ranks_of`.
 
     Raises:
         ValueError: the scores are NaN.
@@ -66,15 +65,12 @@ def search(
 def retrieve(
     retriever: "Retriever", sequences: Sequences, split: str, users: np.ndarray, positions: np.ndarray, k: int
 ) -> Iterator[pa.Table]:
-    """The candidates of some rows of a split, in blocks; of a row's user only the items before its position are read.
+    """The candidates of some rows of a split, in blocks of the schema `CANDIDATES`; see `Retriever.candidates`.
 
     Args:
         sequences: whole sequences, targets included.
         users, positions: int64 [rows], see `protocol.target_positions`.
         k: candidates per row; 0 = the targets' ranks alone, with empty lists.
-
-    Yields:
-        Tables of the schema `CANDIDATES`, see `Retriever.candidates`.
 
     Raises:
         ValueError: the retriever belongs to another catalogue, or its scores are NaN.

@@ -48,8 +48,8 @@ class HybridConfig(RetrieverConfig):
 class Combiner(nn.Module):
     """One score from each retriever's score of an item: a weighted sum of log-scores, plus a small network.
 
-    The weighted sum is a product of experts. The network can express what no sum can, such as that an item ranked first
-    by two retrievers is better than either score implies. Its output starts at zero.
+    The weighted sum is a product of experts. The network, whose output starts at zero, can express what no sum can,
+    such as that an item ranked first by two retrievers is better than either score implies.
 
     Args:
         components: how many retrievers there are.
@@ -88,9 +88,8 @@ class Combiner(nn.Module):
 class Hybrid(Retriever):
     """Ranks the best 100 items of each component together by a `Combiner`; all others follow by the weighted sum.
 
-    The weights maximise the likelihood of the validation targets under the softmax of the sum (a conditional logit), a
-    concave problem with one number per component. The network is then trained on four fifths of the users, and kept
-    only where it lowers the loss of the last fifth.
+    The weights maximise the likelihood of the validation targets under the softmax of the sum (a conditional logit).
+    The network is then trained on four fifths of the users, and kept only where it lowers the loss of the last fifth.
     """
 
     config_class = HybridConfig
@@ -115,7 +114,7 @@ class Hybrid(Retriever):
         Args:
             components: retrievers of different names, fitted on the train part alone.
             sequences: whole sequences; of each user the train part and the validation target are read.
-            max_users: it is fitted on at most this many users, evenly spread.
+            max_users: how many users it is fitted on at most, evenly spread.
             seed: of the network.
 
         Raises:
@@ -189,8 +188,7 @@ def pool(scores: list[torch.Tensor], seen: torch.Tensor) -> tuple[torch.Tensor, 
     """The best items of each component, each once, and all components' scores of them.
 
     Args:
-        scores: the components' log-scores, float32 [batch, num_items + 1] each; changed in place: -inf at seen items.
-        seen: int64 [n, 2], see `seen_places`.
+        scores: the components' log-scores, float32 [batch, num_items + 1] each; set to -inf at the `seen_places`.
 
     Returns:
         Items, int64 [batch, places]; features, float32 [batch, places, 2 * components]: log-scores, then 1 / (1 + rank)
@@ -212,8 +210,7 @@ def validation_pools(components: Sequence[Retriever], sequences: Sequences, max_
     """What the combiner is fitted on: one row per user whose validation target is among the components' best items.
 
     Returns:
-        `features`, float32 [users, places, 2 * components], and `real`, bool [users, places], see `pool`, and `target`,
-        int64 [users], the place of the target.
+        `features` and `real`, see `pool`, and `target`, int64 [users], the place of the target.
 
     Raises:
         ValueError: no user has a validation target after a non-empty train part, or no component finds one.

@@ -14,14 +14,7 @@ _FOLD = 1 << 22  # at least so many pairs are held before they are summed
 
 
 class ItemKNNConfig(NeighbourConfig):
-    """The config of `ItemKNN`.
-
-    Attributes:
-        window: items at most this many steps apart are neighbours.
-        backward_weight: weight of the earlier item of a pair as a neighbour of the later one; the reverse has 1.
-        popularity_exponent: the weights of a history item are divided by its train count to this power, since an item
-            that everybody has carries little information.
-    """
+    """The config of `ItemKNN`: the settings `knn_...` of `RetrieverArguments`."""
 
     model_type = "item_knn"
 
@@ -34,7 +27,8 @@ class ItemKNN(NeighbourRetriever):
     """Neighbours are items of the same user.
 
     W[i, j] sums 1 / distance over the pairs where j follows i within the window in a train sequence, plus
-    backward_weight / distance where j comes before i, divided by count(i)^popularity_exponent.
+    backward_weight / distance where j comes before i, divided by count(i)^popularity_exponent, since an item that
+    everybody has carries little information.
     """
 
     config_class = ItemKNNConfig

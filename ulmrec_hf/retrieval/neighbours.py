@@ -16,12 +16,7 @@ _FLOOR = 0.01  # on the log scale, the share of the best item's score that every
 
 
 class NeighbourConfig(RetrieverConfig):
-    """What the config of every `NeighbourRetriever` holds.
-
-    Attributes:
-        recency: factor on a history item's weight per step back from the newest, in [0, 1]; at 0 the newest counts
-            alone.
-    """
+    """The config of every `NeighbourRetriever`; `recency` is in [0, 1], and at 0 only the newest item counts."""
 
     recency: float = 0.6
 

@@ -22,14 +22,7 @@ _CELLS = 1 << 20  # logits that are held at once in training: 4 MB, which stay i
 
 
 class NeuralRetrieverConfig(RetrieverConfig):
-    """What every neural retriever's config holds.
-
-    Attributes:
-        hidden_size: width of the item embeddings and of every layer.
-        num_layers: number of blocks.
-        dropout: dropout probability.
-        initializer_range: standard deviation of the initial weights.
-    """
+    """The config of every neural retriever; `initializer_range` is the standard deviation of the initial weights."""
 
     hidden_size: int = 64
     num_layers: int = 2
@@ -103,7 +96,7 @@ class NeuralRetriever(Retriever, PreTrainedModel):
 
         Args:
             input_ids: int64 [batch, length], padded on the right with 0.
-            labels: int64 [batch, length], the item that follows each position, 0 where there is none.
+            labels: int64 [batch, length], the item after each position, 0 where there is none.
         """
         hidden = self.encode(input_ids)
         if labels is None:
@@ -121,10 +114,10 @@ class NeuralRetriever(Retriever, PreTrainedModel):
         return RetrieverOutput(loss=loss, last_hidden_state=hidden)
 
     def start_from(self, vectors: np.ndarray) -> None:
-        """Sets the first dimensions of the item embeddings to vectors of mean square 1, scaled like initial weights.
+        """Sets the first dimensions of the item embeddings, scaled like initial weights.
 
         Args:
-            vectors: float32 [num_items, at most hidden_size], one for each of the items 1..num_items.
+            vectors: float32 [num_items, at most hidden_size], of mean square 1.
         """
         with torch.no_grad():
             place = self.item_embedding.weight[1 : 1 + len(vectors), : vectors.shape[1]]

@@ -74,11 +74,7 @@ class EqualBatches(Sampler[list[int]]):
     """Batches of rows of similar length, each with about the same number of labels, in random order.
 
     Rows of one length need no padding. With equally many rows per batch, a label in a batch of short rows would count
-    for more; with equally many labels, all count the same.
-
-    Args:
-        lengths: labels of each row.
-        batch_size: rows of a batch, on average.
+    for more. `lengths` are the labels of each row, `batch_size` is the mean number of rows.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int):

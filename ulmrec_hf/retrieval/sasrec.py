@@ -10,11 +10,7 @@ from .neural import NeuralRetriever, NeuralRetrieverConfig
 
 
 class SASRecConfig(NeuralRetrieverConfig):
-    """The config of `SASRec`.
-
-    Attributes:
-        num_heads: attention heads; hidden_size must be a multiple.
-    """
+    """The config of `SASRec`; `hidden_size` must be a multiple of `num_heads`."""
 
     model_type = "sasrec"
 

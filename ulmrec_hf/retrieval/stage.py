@@ -17,7 +17,7 @@ from .arguments import RETRIEVERS, RetrieverArguments
 from .base import Retriever
 from .candidates import candidate_tables, rank_table
 
-BASELINES = ("popularity", "item_knn")  # ranked in every run, as a yardstick
+BASELINES = ("popularity", "item_knn")  # ranked in every run, for comparison
 
 
 def train_retriever(
@@ -25,18 +25,10 @@ def train_retriever(
 ) -> Path:
     """Runs the stage `output_dir/retriever` and returns its folder.
 
-    The folder holds the chosen retriever (config.json, model.safetensors), `candidates.parquet` (see
-    `Retriever.candidates`), `ranks.parquet` (see `Retriever.ranks`) of the chosen retriever, its components and the
-    baselines popularity and item_knn, and `training.json` with the `training_history`. Everything is fitted on the
-    train part; validation targets only choose the epoch and a hybrid's combiner, and test targets are only ranked. With
-    `refit`, item statistics for the test rows, and those of the retriever that is kept, come from the train and
-    validation items.
-
-    Args:
-        args: the settings.
-        data: opened from a data stage.
-        output_dir: the run's folder.
-        overwrite: remake a stage that was made with other settings.
+    The folder holds the retriever (config.json, model.safetensors), `candidates.parquet` (see `Retriever.candidates`),
+    `ranks.parquet` (see `Retriever.ranks`) of the retriever, its components and the baselines popularity and item_knn,
+    and `training.json` with the `training_history`. See `Retriever.fit` for what is read; test targets are only ranked.
+    With `refit`, item statistics for the test rows, and those that are saved, come from train and validation items.
 
     Raises:
         ValueError: the folder was made with other settings, or there is too little data to fit on.

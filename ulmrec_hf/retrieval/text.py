@@ -16,12 +16,7 @@ _CELLS = 1 << 22  # similarities that are held at once: 16 MB
 
 
 class TextConfig(NeighbourConfig):
-    """The config of `TitleText`.
-
-    Attributes:
-        encoder: "tfidf", or the sentence-transformers model that the titles were encoded with.
-        neighbours: how many of the most similar items are kept for each item.
-    """
+    """The config of `TitleText`: the settings `text_...` of `RetrieverArguments`."""
 
     model_type = "text"
 

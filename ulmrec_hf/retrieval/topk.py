@@ -53,8 +53,8 @@ def top_items(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]
     """The k best items of each row in descending order.
 
     Args:
-        scores: float32 [batch, num_items + 1], without NaN, padding and seen items at -inf.
-        k: how many; fewer come back from a smaller catalogue.
+        scores: float32 [batch, num_items + 1], padding and seen items at -inf.
+        k: how many; fewer are returned from a smaller catalogue.
 
     Returns:
         Items, int64 [batch, k], and their scores, float32 [batch, k]; -inf where the row has no more items.

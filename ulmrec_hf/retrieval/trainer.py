@@ -85,14 +85,13 @@ def training_arguments(args: RetrieverArguments, folder: str, **others: Any) -> 
 
 
 def train(model: PreTrainedModel, sequences: Sequences, args: RetrieverArguments) -> list[dict[str, float]]:
-    """Trains on the train part and leaves the best epoch by validation NDCG@10 in `model`.
+    """Trains on the train part and leaves the best epoch by validation NDCG@10 in `model`; see `Retriever.fit`.
 
-    Checkpoints lie in the system's temporary folder (TMPDIR) while training runs.
+    Checkpoints are in the system's temporary folder (TMPDIR) while training runs.
 
     Args:
         model: a `NeuralRetriever` with initial weights.
-        sequences: whole sequences; validation targets only choose the epoch, test targets are never read.
-        args: learning settings.
+        sequences: whole sequences.
 
     Returns:
         For each epoch `epoch`, `loss` and, with validation, `ndcg@10`, `recall@10`, `recall@20`.

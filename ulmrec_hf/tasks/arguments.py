@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import dataclass, field
 
+from ..stages import setting
 from ..verbalizer import LETTERS
 from .records import TASKS
 
@@ -18,26 +19,17 @@ class TaskArguments:
         ValueError: a setting has a value that cannot be used; the message names the setting.
     """
 
-    max_history: int = field(default=20, metadata={"help": "Newest history items shown in a prompt."})
-    num_candidates: int = field(
-        default=20, metadata={"help": "Candidates of a ranking row, 2 to 52 (one letter each, A-Z and a-z)."}
+    max_history: int = setting(20, "Newest history items shown in a prompt.")
+    num_candidates: int = setting(20, "Candidates of a ranking row, 2 to 52 (one letter each, A-Z and a-z).")
+    max_title_tokens: int = setting(32, "Longer titles are cut to this many tokens.")
+    max_length: int = setting(
+        1024,
+        "Most tokens of prompt and completion together, the end token counted. A row that is longer loses its oldest "
+        "history first, never candidates or completion.",
     )
-    max_title_tokens: int = field(default=32, metadata={"help": "Longer titles are cut to this many tokens."})
-    max_length: int = field(
-        default=1024,
-        metadata={
-            "help": "Most tokens of prompt and completion together, the end token counted. A row that is longer loses "
-            "its oldest history first, never candidates or completion."
-        },
-    )
-    train_positions: int = field(
-        default=5, metadata={"help": "Newest positions of every user's train part that become training rows; 0 = all."}
-    )
-    hard_negatives: float = field(
-        default=0.5,
-        metadata={
-            "help": "Share of a training row's wrong candidates that come from the retriever; the rest are random."
-        },
+    train_positions: int = setting(5, "Newest positions of every user's train part that become training rows; 0 = all.")
+    hard_negatives: float = setting(
+        0.5, "Share of a training row's wrong candidates that come from the retriever; the rest are random."
     )
     mixture: dict[str, float] | str | None = field(
         default_factory=lambda: dict.fromkeys(TASKS, 1.0),
@@ -46,17 +38,13 @@ class TaskArguments:
             f"every row twice; a task not named is left out. Tasks: {', '.join(TASKS)}. As JSON on the command line."
         },
     )
-    prompt_templates: str | None = field(
-        default=None, metadata={"help": "YAML file with other prompt templates; the package's own by default."}
+    prompt_templates: str | None = setting(None, "YAML file with other prompt templates; the package's own by default.")
+    evaluation_order: str = setting(
+        "retriever",
+        "Order of the candidates in validation and test: the retriever's, or shuffled by the seed.",
+        choices=list(EVALUATION_ORDERS),
     )
-    evaluation_order: str = field(
-        default="retriever",
-        metadata={
-            "help": "Order of the candidates in validation and test: the retriever's, or shuffled by the seed.",
-            "choices": list(EVALUATION_ORDERS),
-        },
-    )
-    task_seed: int = field(default=42, metadata={"help": "Seed of negatives, orders and samples; at least 0."})
+    task_seed: int = setting(42, "Seed of negatives, orders and samples; at least 0.")
 
     def __post_init__(self):
         for name, least, most in (

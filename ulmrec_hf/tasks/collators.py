@@ -17,14 +17,10 @@ def tokenize_rows(dataset: "Dataset", tokenizer: "PreTrainedTokenizerBase", *, e
 
     Args:
         dataset: columns prompt and completion; for evaluation prompt, label and candidates.
-        evaluation: keep the prompt alone.
 
     Returns:
         For training: input_ids (prompt, completion, end token), completion_length (the end token counted), length.
         For evaluation: input_ids (the prompt), label, num_candidates, length. `length` serves grouping by length.
-
-    Raises:
-        ValueError: see `tokenize_batch`.
     """
     return dataset.map(
         tokenize_batch,
@@ -82,16 +78,12 @@ class ULMRecCollator:
 
     Rows that hold `num_candidates` make an evaluation batch, all others a training batch. Padding is on the left, so
     that the last position is every row's answer position. `position_ids` count each row's own tokens, which models with
-    learned positions need (rotary ones do not care).
+    learned positions need.
 
     A training batch holds `labels` [batch, k] and `logits_to_keep` = k, where k is the longest completion and its end
-    token plus one: the model computes logits at the last k positions only, and its shifted loss over them is exactly
-    the loss over all positions, since everything before is ignored anyway.
+    token plus one: the model computes logits at the last k positions only, since no other carries loss.
     An evaluation batch holds `labels` [batch], the target's place among the candidates (-1 = a miss), and
     `num_candidates` [batch]. All are int64.
-
-    Args:
-        tokenizer: gives the pad token.
 
     Raises:
         ValueError: the tokenizer has no pad token.

@@ -12,18 +12,17 @@ import datasets
 import pyarrow as pa
 import yaml
 
+from ..figures import markdown_table
 from ..files import hash_file, hash_value
 from ..protocol import SPLITS
-from ..user_index import KINDS
+from ..tables import LeaveOneOut
+from ..user_index import KINDS, UserIndex
 from .arguments import TaskArguments
 from .records import MIXTURE, REASONS, Task
 from .rows import TaskRows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from ..tables import LeaveOneOut
-    from ..user_index import UserIndex
 
 logger = logging.getLogger(__name__)
 
@@ -50,15 +49,13 @@ class AlignmentTasks(Mapping[str, datasets.DatasetDict]):
     writes equal rows as files, for data that memory cannot hold.
 
     Args:
-        data: the users' items, titles and ratings.
         retriever: a fitted retriever (it has `candidates(data, k=..., train_positions=...)`), asked for as many
             candidates as a row shows, or a table with the schema `tables.CANDIDATES`, which may hold more to draw
             training negatives from.
         preferences: a table with the schema `tables.PREFERENCES`.
         users: the user index; None renders rows without.
         tokenizer: a fast one, with the user tokens where the index is spelled in them.
-        args: the settings, by default `TaskArguments()`.
-        settings: fields of `TaskArguments` that replace those of `args`.
+        args, settings: `TaskArguments`, by default, and fields that replace theirs.
 
     Raises:
         ValueError: a setting that cannot be used, or tables that do not fit together; see `TaskRows`.
@@ -66,10 +63,10 @@ class AlignmentTasks(Mapping[str, datasets.DatasetDict]):
 
     def __init__(
         self,
-        data: "LeaveOneOut",
+        data: LeaveOneOut,
         retriever: Any,
         preferences: pa.Table,
-        users: "UserIndex | None",
+        users: UserIndex | None,
         tokenizer: "PreTrainedTokenizerBase",
         args: TaskArguments | None = None,
         **settings: Any,
@@ -113,11 +110,7 @@ class AlignmentTasks(Mapping[str, datasets.DatasetDict]):
 
 @dataclass
 class TaskConfig(datasets.BuilderConfig):
-    """One config of the dataset: a task, or the mixture of all.
-
-    Attributes:
-        rows: renders the rows.
-    """
+    """One config of the dataset: a task, or the mixture of all, rendered by `rows`."""
 
     rows: TaskRows | None = None
 
@@ -152,8 +145,6 @@ def write_tasks(
     `datasets.load_dataset(folder, "next_item")` reads it, without this package. Equal input gives equal bytes.
 
     Args:
-        rows: renders the rows.
-        folder: where to write.
         configs: tasks' names and `mixture`; all by default.
 
     Returns:
@@ -211,11 +202,10 @@ def _card(rows: TaskRows, counts: dict[str, dict[str, int]], content: str) -> st
         }
         for name, splits in counts.items()
     ]
-    table = [
-        f"| {name} | " + " | ".join(str(splits.get(split, "-")) for split in SPLITS) + f" | {proportion} |"
-        for name, splits in counts.items()
-        for proportion in [f"{rows.args.mixture.get(name, 0):g}" if name != MIXTURE else ""]
-    ]
+    table = [["config", *SPLITS, "proportion in the mixture"]]
+    for name, splits in counts.items():
+        proportion = "" if name == MIXTURE else f"{rows.args.mixture.get(name, 0):g}"
+        table.append([name, *(str(splits.get(split, "-")) for split in SPLITS), proportion])
     left_out = [f"- {number} rows of {task}, {split}: {reason}." for task, split, number, reason in _left_out(rows)]
     index = rows.user_index
     meaning = "user tokens" if index is not None and KINDS[index.kind].adds_tokens else "user indices"
@@ -228,9 +218,7 @@ def _card(rows: TaskRows, counts: dict[str, dict[str, int]], content: str) -> st
         "",
         f"Rows that teach a language model what the {meaning} mean and which item a user chooses next.",
         "",
-        "| config | train | validation | test | proportion in the mixture |",
-        "|---|---|---|---|---|",
-        *table,
+        markdown_table(table),
         "",
         *(["The validation and test rows of `mixture` are those of `next_item`."] if MIXTURE in counts else []),
         *(["", "Left out:", "", *left_out] if left_out else []),

@@ -65,7 +65,7 @@ class Task:
             )
         if (self.prompt is None) != (self.completion is None):
             raise ValueError(f"Task {self.name} needs both prompt and completion, or neither.")
-        if self.seed is None:  # the same on every machine, whatever else is registered
+        if self.seed is None:  # the same on every machine, regardless of other tasks
             object.__setattr__(self, "seed", MIXTURE_SEED + 1 + crc32(self.name.encode()))
 
     @property

@@ -22,6 +22,7 @@ from ..prompts import (
 )
 from ..protocol import MIN_ITEMS, MISS, SPLITS, target_positions, train_lengths
 from ..tables import LeaveOneOut, RowLookup
+from ..user_index import UserIndex
 from ..verbalizer import LETTERS
 from .arguments import TaskArguments
 from .records import MIXTURE, MIXTURE_SEED, TASKS, Task
@@ -29,8 +30,6 @@ from .templates import PromptTemplates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from ..user_index import UserIndex
 
 UNKNOWN = "unknown"
 
@@ -54,8 +53,6 @@ class TaskRows:
     ratings of the train part alone.
 
     Args:
-        args: the settings.
-        data: the users' items, titles and ratings.
         candidates: user, split, position, items list<int32> (the retriever's order); see `tables.CANDIDATES`.
         preferences: user, position, preference; see `tables.PREFERENCES`.
         user_index: spells a user id; None leaves the place of the user index empty in all rows.
@@ -63,7 +60,6 @@ class TaskRows:
 
     Attributes:
         tasks: the records of the tasks by name.
-        templates: their templates.
         skipped: how many rows were left out, by task and split, of those asked for.
 
     Raises:
@@ -77,7 +73,7 @@ class TaskRows:
         data: LeaveOneOut,
         candidates: pa.Table,
         preferences: pa.Table,
-        user_index: "UserIndex | None",
+        user_index: UserIndex | None,
         tokenizer: "PreTrainedTokenizerBase",
     ):
         self.args, self.data, self.user_index, self.tokenizer = args, data, user_index, tokenizer
@@ -157,12 +153,7 @@ class TaskRows:
         }
 
     def rows(self, config: str, split: str) -> Iterator[dict[str, Any]]:
-        """The rows of a config's split, one after the other.
-
-        Args:
-            config: a task or `mixture`, whose validation and test rows are those of `next_item`.
-            split: one of `splits(config)`.
-        """
+        """The rows of a task or of `mixture`, whose validation and test rows are those of `next_item`."""
         if config == MIXTURE and split == "train":
             names = list(self.tasks)
             for number, user, position in self._mixture_keys().tolist():

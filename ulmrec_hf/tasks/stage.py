@@ -12,6 +12,7 @@ import pyarrow as pa
 from ..files import hash_value
 from ..stages import run_stage
 from ..tables import LeaveOneOut, read_table
+from ..user_index import UserIndex
 from .arguments import TaskArguments
 from .dataset import write_tasks
 from .records import TASKS
@@ -21,11 +22,6 @@ from .templates import PromptTemplates
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from ..user_index import UserIndex
-
-CANDIDATE_COLUMNS = ("user", "split", "position", "items")
-PREFERENCE_COLUMNS = ("user", "position", "preference")
-
 
 @dataclass(frozen=True)
 class TaskSources:
@@ -33,8 +29,7 @@ class TaskSources:
 
     Attributes:
         data: an opened data stage.
-        candidates: gives the retriever's candidates: user, split, position, items.
-        preferences: gives the preferences: user, position, preference.
+        candidates, preferences: read these tables, see `TaskRows`.
         user_index: spells users in the rows (a run's own, a shuffled one), or None.
         tokenizer: the language model's, with its user tokens.
     """
@@ -42,15 +37,20 @@ class TaskSources:
     data: LeaveOneOut
     candidates: Callable[[], pa.Table]
     preferences: Callable[[], pa.Table]
-    user_index: "UserIndex | None"
+    user_index: UserIndex | None
     tokenizer: "PreTrainedTokenizerFast"
 
     @classmethod
-    def of_run(cls, run: Path, data: LeaveOneOut, user_index: "UserIndex | None", tokenizer: Any) -> Self:
+    def of_run(cls, run: Path, data: LeaveOneOut, user_index: UserIndex | None, tokenizer: Any) -> Self:
         """Those of a run's output folder; each table is read once for all systems that share these sources."""
-        candidates = partial(read_table, run / "retriever" / "candidates.parquet", CANDIDATE_COLUMNS)
-        preferences = partial(read_table, run / "preferences" / "preferences.parquet", PREFERENCE_COLUMNS)
-        return cls(data, cache(candidates), cache(preferences), user_index, tokenizer)
+        candidates, preferences = run / "retriever" / "candidates.parquet", run / "preferences" / "preferences.parquet"
+        return cls(
+            data,
+            cache(partial(read_table, candidates, ("user", "split", "position", "items"))),
+            cache(partial(read_table, preferences, ("user", "position", "preference"))),
+            user_index,
+            tokenizer,
+        )
 
     def rows(self, args: TaskArguments) -> TaskRows:
         """Reads the tables; ValueError where one is missing, see also `TaskRows`."""
@@ -66,18 +66,11 @@ def write_task_stage(
     configs: Sequence[str] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Makes the stage `folder` of task rows unless it is there already.
+    """Makes the stage `folder` of task rows, see `write_tasks`, unless it is there already; returns the folder.
 
     Args:
-        args: the settings.
-        folder: see `write_tasks` for what it then holds.
-        sources: what the rows are made from; its tables are read only if the stage is to be made.
         inputs: fingerprints of data, candidates, preferences and user index. Tokenizer, tasks and templates are added.
         configs: tasks' names and `mixture`; all by default.
-        overwrite: make a stage with other settings or inputs anew instead of refusing.
-
-    Returns:
-        The folder.
 
     Raises:
         ValueError: the folder holds a stage with other settings or inputs; see also `write_tasks`.

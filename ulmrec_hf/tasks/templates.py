@@ -71,10 +71,9 @@ class PromptTemplates:
         write_text(path, yaml.safe_dump(self.templates, sort_keys=False, allow_unicode=True))
 
     def render(self, task: str, **fields: str) -> tuple[str, str]:
-        """Fills one task's template and returns (prompt, completion).
+        """Fills one task's template and returns (prompt, completion); a field's own text is never read as a template.
 
-        Fields are inserted as they are: titles and preferences must have passed `neutralise` before. A field's own
-        text is never read as a template.
+        Fields are inserted as they are: titles and preferences must have passed `neutralise` before.
 
         Raises:
             ValueError: the template names a field that was not given.
