@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import grimp
 import pytest
 import yaml
 
@@ -153,6 +154,15 @@ def test_imports_only_go_down():
     command = [Path(sys.executable).with_name("lint-imports"), "--no-cache", "--no-logo"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
+
+
+def test_no_imports_run_in_a_circle():
+    """Between files, those for type checkers counted."""
+    graph = grimp.build_graph("ulmrec_hf")
+    imported = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
+    while leaves := {module for module, others in imported.items() if not others}:
+        imported = {module: others - leaves for module, others in imported.items() if module not in leaves}
+    assert not imported, f"in a circle, or above one: {sorted(imported)}"
 
 
 def test_the_licence_is_apache():

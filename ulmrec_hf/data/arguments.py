@@ -2,8 +2,16 @@
 
 from dataclasses import dataclass
 
+from ..registry import Registry
 from ..stages import check_types, setting
-from .readers import READERS
+
+READERS = Registry(
+    "data_format",
+    **{
+        name: f"{__package__}.formats:{name.upper()}"
+        for name in ("amazon", "csv", "jsonl", "parquet", "hub", "sequences", "synthetic")
+    },
+)
 
 
 @dataclass

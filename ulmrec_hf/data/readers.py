@@ -3,15 +3,12 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 
-from ..registry import Registry
+from .arguments import READERS, DataArguments
 from .columns import Columns, raw_interactions, raw_items, table_columns
-
-if TYPE_CHECKING:
-    from .arguments import DataArguments
 
 
 @dataclass(frozen=True)
@@ -37,16 +34,7 @@ class Reader:
     generate: Callable[[int, int], tuple[pa.Table, pa.Table]] | None = None
 
 
-READERS = Registry(
-    "data_format",
-    **{
-        name: f"{__package__}.formats:{name.upper()}"
-        for name in ("amazon", "csv", "jsonl", "parquet", "hub", "sequences", "synthetic")
-    },
-)
-
-
-def read_source(args: "DataArguments") -> tuple[Iterator[pa.RecordBatch], Iterator[pa.Table] | None]:
+def read_source(args: DataArguments) -> tuple[Iterator[pa.RecordBatch], Iterator[pa.Table] | None]:
     """Streams a source's interactions and, unless `args.items` is unset, its items.
 
     Raises:
@@ -60,7 +48,7 @@ def read_source(args: "DataArguments") -> tuple[Iterator[pa.RecordBatch], Iterat
     return raw_interactions(table_columns(interactions), name), raw_items(table_columns(items), name)
 
 
-def read_interactions(args: "DataArguments") -> Iterator[pa.RecordBatch]:
+def read_interactions(args: DataArguments) -> Iterator[pa.RecordBatch]:
     """Streams the interactions of a file or dataset: see `columns.raw_interactions` and `read_source`."""
     reader = READERS[args.data_format]
     _check(reader, args.interactions, "interactions")
@@ -68,7 +56,7 @@ def read_interactions(args: "DataArguments") -> Iterator[pa.RecordBatch]:
     return raw_interactions(chunks, args.interactions, amazon=reader.amazon, ordered=reader.ordered)
 
 
-def read_items(args: "DataArguments") -> Iterator[pa.Table]:
+def read_items(args: DataArguments) -> Iterator[pa.Table]:
     """Streams the items of `args.items`: see `columns.raw_items` and `read_source`.
 
     The file's name says what it is (.parquet, .csv, .json, .jsonl, each also with .gz); any other name is read as
@@ -79,7 +67,7 @@ def read_items(args: "DataArguments") -> Iterator[pa.Table]:
     return raw_items((reader.item_columns or reader.columns)(args.items), args.items)
 
 
-def check_source(args: "DataArguments") -> None:
+def check_source(args: DataArguments) -> None:
     """Checks that the files exist, so that a wrong path is reported before anything is read.
 
     Raises:
@@ -91,16 +79,16 @@ def check_source(args: "DataArguments") -> None:
         _check(_item_reader(args), args.items, "items")
 
 
-def source_settings(args: "DataArguments") -> dict[str, Any]:
+def source_settings(args: DataArguments) -> dict[str, Any]:
     """The keyword arguments of `selection.read_selection` for this source."""
     return {"name": _name(args), "titles": args.items, "ordered": READERS[args.data_format].ordered}
 
 
-def _name(args: "DataArguments") -> str:
+def _name(args: DataArguments) -> str:
     return args.interactions or f"the {args.data_format} data"
 
 
-def _item_reader(args: "DataArguments") -> Reader:
+def _item_reader(args: DataArguments) -> Reader:
     suffixes = [suffix.lower() for suffix in Path(args.items).suffixes]
     known = {".parquet": "parquet", ".csv": "csv", ".json": "jsonl", ".jsonl": "jsonl"}
     return READERS[next((known[suffix] for suffix in suffixes if suffix in known), args.data_format)]

@@ -2,8 +2,11 @@
 
 from dataclasses import dataclass
 
+from ..registry import Registry
 from ..stages import check_types, setting
-from .base import EXTRACTORS, check_rows
+
+EVIDENCE = ("train", "all")
+EXTRACTORS = Registry("extractor", key_phrases="ulmrec_hf.preferences.key_phrases:KeyPhrases")
 
 
 @dataclass
@@ -33,3 +36,11 @@ class PreferenceArguments:
         if self.num_phrases < 1:
             raise ValueError(f"num_phrases is {self.num_phrases}; it must be at least 1.")
         check_rows(self.train_positions, self.evidence)
+
+
+def check_rows(train_positions: int, evidence: str) -> None:
+    """Raises ValueError where `PreferenceExtractor.extract` cannot use its settings."""
+    if train_positions < 0:
+        raise ValueError(f"train_positions is {train_positions}; it must be 0 (all) or more.")
+    if evidence not in EVIDENCE:
+        raise ValueError(f"evidence is {evidence!r}; it must be one of {', '.join(EVIDENCE)}.")

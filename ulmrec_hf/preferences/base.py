@@ -3,22 +3,18 @@
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import numpy as np
 import pyarrow as pa
 
 from ..protocol import target_positions
-from ..registry import Registry
 from ..tables import PREFERENCES, LeaveOneOut, UserTexts
-
-if TYPE_CHECKING:
-    from .arguments import PreferenceArguments
+from .arguments import EXTRACTORS as EXTRACTORS
+from .arguments import PreferenceArguments, check_rows
 
 logger = logging.getLogger(__name__)
 NO_PREFERENCE = "(none)"
-EVIDENCE = ("train", "all")
-EXTRACTORS = Registry("extractor", key_phrases="ulmrec_hf.preferences.key_phrases:KeyPhrases")
 _BATCH = 16_384  # rows described at a time
 
 
@@ -38,7 +34,7 @@ class PreferenceExtractor(ABC):
     fitted: bool = False
 
     @classmethod
-    def from_arguments(cls, args: "PreferenceArguments") -> Self:
+    def from_arguments(cls, args: PreferenceArguments) -> Self:
         """Makes the extractor with the stage's settings; by default it has none."""
         return cls()
 
@@ -107,14 +103,6 @@ class PreferenceExtractor(ABC):
         asked, rows = np.unique(users, return_inverse=True)  # one text for all positions of a user
         preferences = self.describe([[shown.texts[text] for text in shown.of_user(user)] for user in asked])
         return [preferences[row] for row in rows]
-
-
-def check_rows(train_positions: int, evidence: str) -> None:
-    """Raises ValueError where `PreferenceExtractor.extract` cannot use its settings."""
-    if train_positions < 0:
-        raise ValueError(f"train_positions is {train_positions}; it must be 0 (all) or more.")
-    if evidence not in EVIDENCE:
-        raise ValueError(f"evidence is {evidence!r}; it must be one of {', '.join(EVIDENCE)}.")
 
 
 def _rows(lengths: np.ndarray, train_positions: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,7 +1,7 @@
 """The candidates table: the top k of a retriever for training positions, validation and test, in blocks."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -12,16 +12,26 @@ from ..protocol import SPLITS, target_positions
 from ..tables import CANDIDATES, RANKS, Sequences
 from .topk import hide, ranks_of, seen_places, top_items
 
-if TYPE_CHECKING:
-    from .base import Retriever
-
 _BLOCK = 16384  # rows that are held at once, grouped by length and written as one row group
 _CELLS = 1 << 22  # scores that are held at once: 16 MB
 
 
+class Scorer(Protocol):
+    """What this module needs of a `Retriever`, whose base imports it."""
+
+    name: str
+    config: Any
+
+    def score(self, histories: Sequence[np.ndarray]) -> torch.Tensor:
+        """See `Retriever.score`."""
+
+    def check_catalogue(self, catalogue: str) -> None:
+        """See `Retriever.check_catalogue`."""
+
+
 @torch.inference_mode()
 def search(
-    retriever: "Retriever",
+    retriever: Scorer,
     histories: Sequence[np.ndarray],
     k: int,
     targets: np.ndarray | None = None,
@@ -63,7 +73,7 @@ def search(
 
 
 def retrieve(
-    retriever: "Retriever", sequences: Sequences, split: str, users: np.ndarray, positions: np.ndarray, k: int
+    retriever: Scorer, sequences: Sequences, split: str, users: np.ndarray, positions: np.ndarray, k: int
 ) -> Iterator[pa.Table]:
     """The candidates of some rows of a split, in blocks of the schema `CANDIDATES`; see `Retriever.candidates`.
 
@@ -100,7 +110,7 @@ def retrieve(
 
 
 def candidate_tables(
-    retrievers: Mapping[str, Sequence["Retriever"]], sequences: Sequences, k: int, train_positions: int
+    retrievers: Mapping[str, Sequence[Scorer]], sequences: Sequences, k: int, train_positions: int
 ) -> Iterator[pa.Table]:
     """The candidates of all splits, in blocks; see `Retriever.candidates`.
 
