@@ -23,7 +23,7 @@ from .user_index import UserIndex
 
 logger = logging.getLogger(__name__)
 RETRIEVER, INDEXER, SEQUENCES_FILE = "retriever", "indexer", "sequences.parquet"
-_BLOCK = 1024  # requests that are retrieved and ranked together
+_BLOCK = 256  # requests that are retrieved and ranked together
 _NEW_USER = "new user"
 
 
@@ -243,11 +243,11 @@ class Recommender:
                 self._warn_once("%r is not in the catalogue: it is shown to the ranker as a title", unknown)
         index = self.users
         if index is not None and (user_id is None or user_id not in index):
-            index = self._index_of_new_user(user_id or _NEW_USER, history, request.reviews)
-            user_id = _NEW_USER if user_id is None and index is not None else user_id
+            index = self._index_of_new_user(user_id, history, request.reviews)
+            user_id = user_id if index is None else index.user_ids[0]
         return _Asker(user_id, history, items, index)
 
-    def _index_of_new_user(self, user_id: str, history: list[str], reviews: Sequence[str]) -> UserIndex | None:
+    def _index_of_new_user(self, user_id: str | None, history: list[str], reviews: Sequence[str]) -> UserIndex | None:
         """A free index from what the indexer reads of a new user; None where there is nothing for it to read."""
         if self.indexer is None or self.indexer.inputs is None:
             return None
@@ -258,7 +258,10 @@ class Recommender:
             return None
         longest = max(map(len, values.values()))  # one value for each interaction; the newest ones belong together
         values = {name: [None] * (longest - len(part)) + part for name, part in values.items()}
-        return self.indexer.index_new(**values, used=self.users, user_id=user_id)
+        name = _NEW_USER if user_id is None else user_id
+        while name in self.users:  # somebody may bear that very id
+            name += "+"
+        return self.indexer.index_new(**values, used=self.users, user_id=name)
 
     def _warn_once(self, message: str, *values: Any) -> None:
         if message not in self._warned:
