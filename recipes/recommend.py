@@ -19,8 +19,11 @@ import pyarrow.parquet as pq
 from trl import TrlParser
 
 from ulmrec_hf.cli import run_script
+from ulmrec_hf.console import quiet_imports
 from ulmrec_hf.files import atomic_path
-from ulmrec_hf.recommender import Recommender
+
+with quiet_imports():
+    from ulmrec_hf.recommender import Recommender, Request
 
 RECOMMENDATIONS = pa.schema(
     [
@@ -54,8 +57,8 @@ def make_parser() -> TrlParser:
     return TrlParser([RecommendArguments], description=__doc__)
 
 
-def read_requests(path: str) -> Iterator[dict[str, Any]]:
-    """The requests of a file, those of their fields that are not null.
+def read_requests(path: str) -> Iterator[Request]:
+    """The requests of a file; empty lines are skipped.
 
     Raises:
         ValueError: the file is missing, or a line is no request; the message names file and line.
@@ -65,17 +68,25 @@ def read_requests(path: str) -> Iterator[dict[str, Any]]:
     if path.endswith(".parquet"):
         with pq.ParquetFile(path) as file:
             rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
-            yield from ({name: value for name, value in row.items() if value is not None} for row in rows)
+            yield from (_request(row, f"{path}, row {number}") for number, row in enumerate(rows, 1))
         return
     with open(path, encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             try:
-                request = json.loads(line)
+                request = json.loads(line) if line.strip() else None
             except ValueError as error:
                 raise ValueError(f"{path}:{number}: not JSON ({error}).") from None
-            if not isinstance(request, dict):
-                raise ValueError(f"{path}:{number}: a request is a JSON object; got {line.strip()[:80]!r}.")
-            yield request
+            if request is not None:
+                yield _request(request, f"{path}:{number}")
+
+
+def _request(fields: Any, place: str) -> Request:
+    if not isinstance(fields, dict):
+        raise ValueError(f"{place}: a request is a JSON object; got {str(fields)[:80]!r}.")
+    try:
+        return Request.parse(fields)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{place}: {error}") from None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -90,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with atomic_path(args.output_file) as partial, pq.ParquetWriter(partial, RECOMMENDATIONS) as writer:
         while block := list(itertools.islice(results, BLOCK)):
             columns = {
-                "user_id": [asker if isinstance(asker, str) else asker.get("user_id") for asker, _ in block],
+                "user_id": [asker if isinstance(asker, str) else asker.user_id for asker, _ in block],
                 "item_ids": [[item["item_id"] for item in items] for _, items in block],
                 "titles": [[item["title"] for item in items] for _, items in block],
                 "scores": [[item["score"] for item in items] for _, items in block],

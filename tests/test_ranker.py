@@ -183,8 +183,18 @@ def test_unknown_user_is_ranked_without_index_with_one_warning(ranker, caplog):
     assert [record.getMessage().split(" has ")[0] for record in caplog.records] == ["User 'stranger'"]
     assert "### User:\n\n### History:" in first
     caplog.clear()
-    UserRanker(ranker.model, ranker.tokenizer, ranker.settings).prompt("u1", HISTORY, CANDIDATES)
+    without = UserRanker(ranker.model, ranker.tokenizer, ranker.settings)
+    without.prompt(None, HISTORY, CANDIDATES)
     assert not caplog.records
+    for user in ("u1", "u2"):
+        without.prompt(user, HISTORY, CANDIDATES)
+    assert len(caplog.records) == 1  # nobody is forgotten without a word
+
+
+def test_a_map_of_other_tokens_than_the_tokenizers_is_refused(ranker):
+    larger = UserIndex(["u1"], np.array([[1, 200]]), 256)
+    with pytest.raises(ValueError, match="the tokenizer has no token <b_200> of this user index"):
+        UserRanker(ranker.model, ranker.tokenizer, ranker.settings, user_index=larger)
 
 
 def test_bad_requests_are_named(ranker, tmp_path):

@@ -12,6 +12,7 @@ import pytest
 from tests.small_run import load_recipe
 from ulmrec_hf import Recommender
 from ulmrec_hf.recommender import Fusion, Request
+from ulmrec_hf.user_index import UserIndex
 
 
 @pytest.fixture(scope="module")
@@ -129,11 +130,18 @@ def test_the_recipe_writes_every_user_or_a_file_of_requests(folder, recommender,
     assert str(output) in capsys.readouterr().out
 
     requests = tmp_path / "requests.jsonl"
-    asked = [{"user_id": rows[5]["user_id"]}, {"history": [recommender.data.titles[0]], "reviews": ["Only neon."]}]
+    asked = [
+        {"user_id": rows[5]["user_id"], "reviews": None},
+        {"history": [recommender.data.titles[0]], "reviews": ["Only neon."]},
+    ]
     requests.write_text("\n".join(map(json.dumps, asked)), encoding="utf-8")
     recipe.main(["--model", str(folder), "--requests", str(requests), "--output_file", str(output), "--k", "3"])
     written = pq.read_table(output).to_pylist()
     assert written[0]["item_ids"] == rows[5]["item_ids"] and written[1]["user_id"] is None
+    for line, message in (('{"user": "x"}', "a request has no user"), ('{"user_id": 7}', "user ids are strings")):
+        requests.write_text(f"\n{line}\n", encoding="utf-8")
+        with pytest.raises(ValueError, match=rf"requests.jsonl:2: {message}"):
+            recipe.main(["--model", str(folder), "--requests", str(requests), "--output_file", str(output)])
     requests.write_text('{"user_id": "x"}\nnot json\n', encoding="utf-8")
     with pytest.raises(ValueError, match=r"requests.jsonl:2: not JSON"):
         recipe.main(["--model", str(folder), "--requests", str(requests), "--output_file", str(output)])
@@ -154,6 +162,34 @@ BAD_REQUESTS = [
 def test_bad_requests(recommender, request_, text):
     with pytest.raises(ValueError, match=text):
         recommender.recommend(**request_)
+
+
+def test_one_request_in_place_of_many_is_an_error(recommender):
+    for one in ("user-001", {"user_id": "user-001"}, Request("user-001")):
+        with pytest.raises(ValueError, match="give a list of them, or call recommend"):
+            next(recommender.recommend_many(one, progress=False))
+
+
+def test_nothing_of_an_earlier_save_stays(recommender, tmp_path):
+    recommender.save_pretrained(tmp_path)
+    recommender.save_pretrained(tmp_path, user_map=False)
+    assert not (tmp_path / "user_index.parquet").exists() and not (tmp_path / "sequences.parquet").exists()
+
+
+def test_somebody_new_is_nobody_elses_number(recommender):
+    users = UserIndex(recommender.users.user_ids, recommender.users.codes, recommender.users.codebook_size, "number")
+    parts = (recommender.data, recommender.retriever, recommender.ranker)
+    numbered = Recommender(*parts, users, recommender.indexer)
+    asker = numbered._look_up(Request(reviews=["Only neon."]))
+    assert asker.index.spell(asker.user_id) == str(len(users))
+
+
+def test_a_history_may_be_any_iterable_or_hold_everything(recommender):
+    items = recommender.data.item_ids
+    assert recommender.recommend(history=iter(items[:2]), reviews=None, k=np.int64(3)) == recommender.recommend(
+        history=items[:2], k=3
+    )
+    assert recommender.recommend(history=items) == []
 
 
 def test_a_request_of_other_fields_is_an_error(recommender):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .user_index import KINDS, UserIndex
+from .user_index import KINDS, UserIndex, user_token
 from .verbalizer import LETTERS
 
 if TYPE_CHECKING:
@@ -79,13 +79,23 @@ def spell_user(user_index: UserIndex, user_id: str, reserved: Iterable[str] = ()
 
 
 def check_spellings(user_index: UserIndex, tokenizer: "PreTrainedTokenizerBase", reserved: Sequence[str]) -> None:
-    """Raises ValueError, naming both, where two users are the same to a model; codes and numbers never are.
+    """Raises ValueError where a model cannot tell users by how they are spelled.
+
+    That is where the tokenizer lacks an index's tokens, or where two ids become the same text; numbers always differ.
 
     Args:
-        user_index: of the kind `id`; any other passes.
+        user_index: of any kind.
         tokenizer: tokens are compared, since its normalizer may fold what differs as text.
         reserved: what `reserved_tokens(tokenizer)` returned.
     """
+    if KINDS[user_index.kind].adds_tokens and len(user_index):
+        vocabulary = tokenizer.get_vocab()
+        largest = [user_token(level, code) for level, code in enumerate(user_index.codes.max(axis=0))]
+        if missing := [token for token in largest if token not in vocabulary]:
+            raise ValueError(
+                f"the tokenizer has no token {missing[0]} of this user index ({user_index.levels} levels of "
+                f"{user_index.codebook_size} codes): make it for these users, by load_base or UserTokenizer.from_base."
+            )
     seen: dict[bytes, str] = {}
     user_ids = user_index.user_ids if user_index.kind == "id" else []
     for begin in range(0, len(user_ids), 1000):

@@ -124,6 +124,7 @@ class UserRanker:
         write_table(
             folder / ITEMS_FILE, pa.table({"item": pa.array(range(1, len(self.titles) + 1), pa.int32())} | items)
         )
+        (folder / USER_INDEX_FILE).unlink(missing_ok=True)  # of an earlier save
         if user_map and self.user_index is not None:
             self.user_index.to_parquet(folder / USER_INDEX_FILE)
 
@@ -196,6 +197,7 @@ class UserRanker:
         """
         if orders < 1:
             raise ValueError(f"orders is {orders}; it must be at least 1.")
+        history, candidates = _titles("history", history), _titles("candidates", candidates)
         rng = np.random.default_rng(seed)
         count = len(candidates)
         places = [rng.permutation(count) if orders > 1 else np.arange(count) for _ in range(orders)]
@@ -224,11 +226,8 @@ class UserRanker:
             history, candidates: see `rank`, also for the errors.
             index: where this user's index is; by default in the ranker's own map, if at all.
         """
+        history, candidates = _titles("history", history), _titles("candidates", candidates)
         self._check_candidates(len(candidates))
-        for name, value in (("history", history), ("candidates", candidates)):
-            wrong = [value] if isinstance(value, str) else [item for item in value if not isinstance(item, str)]
-            if wrong:
-                raise ValueError(f"{name} must be a list of item ids or titles, all strings; got {wrong[0]!r}.")
         newest = history[max(0, len(history) - self.settings.max_history) :]
         titles, _ = clean_titles(
             [self.titles.get(item, item) for item in (*newest, *candidates)],
@@ -288,11 +287,11 @@ class UserRanker:
         return self.templates.render("next_item", user=user, letter="", **fields)[0]
 
     def _spell(self, user_id: str | None) -> str:
-        if self.user_index is None or user_id is None:
+        if user_id is None:
             return ""
         if not isinstance(user_id, str):
             raise ValueError(f"user ids are strings, {str(user_id)!r} for example; got {user_id!r}.")
-        if user_id in self.user_index:
+        if self.user_index is not None and user_id in self.user_index:
             return spell_user(self.user_index, user_id, self._reserved)
         if not self._warned_of_unknown:
             logger.warning(
@@ -308,6 +307,15 @@ class UserRanker:
                 f"{count} candidates were given, but this model was tuned with letters for 1 to {limit} "
                 f"(num_candidates): rank at most {limit} at a time."
             )
+
+
+def _titles(name: str, values: Sequence[str]) -> list[str]:
+    """The values as a list; ValueError where they are not strings."""
+    listed = [values] if values is None or isinstance(values, str) else list(values)
+    wrong = listed if listed == [values] else [value for value in listed if not isinstance(value, str)]
+    if wrong:
+        raise ValueError(f"{name} must be a list of item ids or titles, all strings; got {wrong[0]!r}.")
+    return listed
 
 
 class UserRankingPipeline(Pipeline):

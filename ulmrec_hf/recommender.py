@@ -19,7 +19,7 @@ from .publishing import RANKER_FILE, read_ranker_file
 from .ranker import UserRanker
 from .retrieval.base import Retriever, load_retriever
 from .tables import LeaveOneOut
-from .user_index import UserIndex
+from .user_index import KINDS, UserIndex
 
 logger = logging.getLogger(__name__)
 RETRIEVER, INDEXER, SEQUENCES_FILE = "retriever", "indexer", "sequences.parquet"
@@ -42,10 +42,25 @@ class Request:
     reviews: Sequence[str] = ()
 
     def __post_init__(self):
-        for name in ("history", "reviews"):
+        if self.user_id is not None and not isinstance(self.user_id, str):
+            raise ValueError(f"user ids are strings, {str(self.user_id)!r} for example; got {self.user_id!r}.")
+        for name, empty in (("history", None), ("reviews", ())):
             value = getattr(self, name)
             if isinstance(value, str):
                 raise ValueError(f"{name} is the string {value!r}; it must be a list of strings.")
+            object.__setattr__(self, name, empty if value is None else list(value))
+
+    @classmethod
+    def parse(cls, fields: Mapping[str, Any]) -> Self:
+        """A request from a dict of its fields.
+
+        Raises:
+            ValueError: it has other fields, or values of another type.
+        """
+        unknown = set(fields) - set(cls.__dataclass_fields__)
+        if unknown:
+            raise ValueError(f"a request has no {', '.join(sorted(unknown))}; it has user_id, history and reviews.")
+        return cls(**fields)
 
 
 @dataclass(frozen=True)
@@ -171,8 +186,10 @@ class Recommender:
             batch_size: prompts a forward pass.
             progress: show a bar.
         """
+        if isinstance(requests, str | Mapping | Request):
+            raise ValueError(f"requests is one request, {requests!r}; give a list of them, or call recommend.")
         most = self.ranker.settings.num_candidates
-        if type(k) is not int or not 1 <= k <= most:
+        if isinstance(k, bool) or not isinstance(k, int | np.integer) or not 1 <= k <= most:
             raise ValueError(f"k is {k!r}; it must be a whole number of 1 to {most}, as many as this model ranks.")
         requests = iter(requests)
         with tqdm(desc="recommending", unit=" users", disable=not progress) as bar:
@@ -211,24 +228,19 @@ class Recommender:
 
     def _fuse(self, letters: np.ndarray, histories: list[np.ndarray], items: np.ndarray) -> np.ndarray:
         """float64 [requests, candidates]; see `Fusion`."""
-        fused = self.fusion.ranker * np.nan_to_num(log_softmax(letters, axis=1), nan=0.0, neginf=0.0)
+        fused = self.fusion.ranker * _log_probabilities(letters)
         if self.fusion.retriever:
             scores = self.retriever.log_scores(histories).cpu().double().numpy()
             scores = np.where(np.isfinite(letters), np.take_along_axis(scores, items, 1), -np.inf)
-            fused += self.fusion.retriever * np.nan_to_num(log_softmax(scores, axis=1), nan=0.0, neginf=0.0)
+            fused += self.fusion.retriever * _log_probabilities(scores)
         return fused
 
     def _look_up(self, request: Request | Mapping[str, Any] | str) -> _Asker:
         if isinstance(request, Mapping):
-            unknown = set(request) - set(Request.__dataclass_fields__)
-            if unknown:
-                raise ValueError(f"a request has no {', '.join(sorted(unknown))}; it has user_id, history and reviews.")
-            request = Request(**request)
+            request = Request.parse(request)
         elif not isinstance(request, Request):
             request = Request(request)
         user_id = request.user_id
-        if user_id is not None and not isinstance(user_id, str):
-            raise ValueError(f"user ids are strings, {str(user_id)!r} for example; got {user_id!r}.")
         ids = self.data.item_ids
         if request.history is None:
             row = self._rows.get(user_id)
@@ -244,7 +256,7 @@ class Recommender:
         index = self.users
         if index is not None and (user_id is None or user_id not in index):
             index = self._index_of_new_user(user_id, history, request.reviews)
-            user_id = user_id if index is None else index.user_ids[0]
+            user_id = user_id if index is None else index.user_ids[-1]
         return _Asker(user_id, history, items, index)
 
     def _index_of_new_user(self, user_id: str | None, history: list[str], reviews: Sequence[str]) -> UserIndex | None:
@@ -261,12 +273,20 @@ class Recommender:
         name = _NEW_USER if user_id is None else user_id
         while name in self.users:  # somebody may bear that very id
             name += "+"
-        return self.indexer.index_new(**values, used=self.users, user_id=name)
+        new = self.indexer.index_new(**values, used=self.users, user_id=name)
+        # a number is the user's own only in the map of all
+        return self.users.merge(new) if KINDS[new.kind].by_number else new
 
     def _warn_once(self, message: str, *values: Any) -> None:
         if message not in self._warned:
             self._warned.add(message)
             logger.warning(message + "; further cases are not logged.", *values)
+
+
+def _log_probabilities(scores: np.ndarray) -> np.ndarray:
+    """Each row's log-softmax; 0 where a score is -inf, past a request's candidates."""
+    with np.errstate(invalid="ignore"):  # a row without any candidate
+        return np.nan_to_num(log_softmax(scores, axis=1), nan=0.0, neginf=0.0)
 
 
 def write_parts(
@@ -282,6 +302,7 @@ def write_parts(
         if part is not None:
             (folder / name).mkdir(exist_ok=True)
             part.save_pretrained(folder / name)
+    (folder / SEQUENCES_FILE).unlink(missing_ok=True)  # of an earlier save
     if data is not None:
         sequences = data.sequences
         lists = pa.ListArray.from_arrays(pa.array(sequences.offsets, pa.int32()), pa.array(sequences.items))

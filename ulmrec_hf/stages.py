@@ -5,7 +5,8 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args
@@ -47,6 +48,21 @@ def stage_fingerprint(folder: str | os.PathLike) -> str:
 def setting(default: Any, help: str, **metadata: Any) -> Any:
     """A dataclass field as `transformers.HfArgumentParser` reads it; `metadata` may hold `choices`."""
     return field(default=default, metadata={"help": help, **metadata})
+
+
+def with_settings(settings: Any, changes: Mapping[str, Any]) -> Any:
+    """The dataclass `settings` with some fields changed.
+
+    Raises:
+        ValueError: there is no such field; the message names similar ones. Or a value cannot be used.
+    """
+    known = [each.name for each in fields(settings)]
+    for name in changes:
+        if name not in known:
+            similar = get_close_matches(name, known)
+            hint = f"did you mean {', '.join(similar)}?" if similar else f"there are {', '.join(known)}."
+            raise ValueError(f"there is no setting {name!r}: {hint}")
+    return replace(settings, **changes)
 
 
 def check_types(settings: Any) -> None:

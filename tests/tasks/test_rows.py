@@ -6,13 +6,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
-from transformers import AutoTokenizer
 
 from tests.tasks.world import ITEMS, USERS, K, make_world, only, section
 from ulmrec_hf.tables import LeaveOneOut
 from ulmrec_hf.tasks.collators import ULMRecCollator
 from ulmrec_hf.tasks.dataset import write_tasks
 from ulmrec_hf.tasks.records import TASKS
+from ulmrec_hf.tokenization_user import UserTokenizer
 from ulmrec_hf.user_index import UserIndex
 
 
@@ -303,7 +303,7 @@ def test_tables_that_do_not_fit_together_are_refused(world, tokenizer, tmp_path)
 
 @pytest.mark.data
 def test_plain_llama_2_titles_are_cut_at_32_tokens(shared):
-    llama = AutoTokenizer.from_pretrained(shared / "models" / "llama2_tokenizer")
+    llama = UserTokenizer.from_base(shared / "models" / "llama2_tokenizer", codebook_size=8)
     title = "Ultra " * 60
     rows = make_world(titles={1: title}).rows(llama, max_length=2000)
     assert len(llama(rows._titles[1], add_special_tokens=False)["input_ids"]) <= 32

@@ -35,6 +35,10 @@ class Interactions:
     def __init__(self, selection: Selection, texts: pa.Table):
         self._selection, self._texts = selection, texts
 
+    def __getattr__(self, name: str) -> Any:
+        hint = ": call .leave_one_out() first" if hasattr(LeaveOneOut, name) else ""
+        raise AttributeError(f"Interactions has no {name}{hint}.")
+
     @classmethod
     def from_pandas(cls, df: "pd.DataFrame", titles: "Titles | None" = None) -> Self:
         """Takes the interactions of a pandas table, one a row.
@@ -143,6 +147,9 @@ class Interactions:
 
 
 def _arrow_table(df: "pd.DataFrame") -> pa.Table:
+    if not hasattr(df, "columns") or not df.columns.is_unique:
+        what = f"a {type(df).__name__}" if not hasattr(df, "columns") else "a table with columns of one name"
+        raise ValueError(f"from_pandas takes a DataFrame with columns of different names; got {what}.")
     columns = {}
     for name in df.columns:
         try:

@@ -16,6 +16,7 @@ from huggingface_hub import PyTorchModelHubMixin, snapshot_download
 from torch import nn
 
 from ..files import write_json
+from ..stages import with_settings
 from ..tables import LeaveOneOut
 from ..user_index import UserIndex
 from .arguments import INDEXERS, IndexArguments
@@ -71,7 +72,8 @@ class Indexer(nn.Module, PyTorchModelHubMixin, ABC):
 
     def __init__(self, config: IndexerConfig):
         super().__init__()
-        self.settings = config
+        # the hub mixin gives a dict to a subclass whose __init__ has no annotation
+        self.settings = config if isinstance(config, IndexerConfig) else IndexerConfig(**config)
         self.inputs: InputEncoder | None = None
         self._fitted: tuple[LeaveOneOut, UserDataset] | None = None
 
@@ -89,7 +91,7 @@ class Indexer(nn.Module, PyTorchModelHubMixin, ABC):
         """
         if args is not None and settings:
             raise ValueError(f"give args or single settings, not both; got args and {', '.join(settings)}.")
-        args = args or IndexArguments(**settings)
+        args = args or with_settings(IndexArguments(preset=settings.get("preset", "default")), settings)
         check_capacity(len(data), args.levels, args.codebook_size)
         train = TrainPart.read(data, args.inputs, args.input_weights)
         inputs = cls.fit_inputs(args, train, fit_encoder(args, train.texts))

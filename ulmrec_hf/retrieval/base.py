@@ -5,7 +5,7 @@ import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import PreTrainedConfig
 
 from ..protocol import EVALUATED, SPLITS, target_positions
+from ..stages import with_settings
 from ..tables import CANDIDATES, LeaveOneOut, Sequences
 from .arguments import RETRIEVERS, STAGE_SETTINGS, RetrieverArguments
 from .candidates import candidate_tables, rank_table, retrieve, search
@@ -69,7 +70,8 @@ class Retriever(ABC):
         """
         if unread := sorted(STAGE_SETTINGS & set(settings)):
             raise ValueError(f"{', '.join(unread)}: a setting of the retrieval stage that fit does not read; omit it.")
-        return cls.fit_sequences(data.sequences, data.titles, replace(args or RetrieverArguments(), **settings))
+        args = with_settings(args or RetrieverArguments(), settings)
+        return cls.fit_sequences(data.sequences, data.titles, args)
 
     @classmethod
     @abstractmethod

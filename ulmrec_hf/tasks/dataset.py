@@ -4,7 +4,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ import yaml
 from ..figures import markdown_table
 from ..files import hash_file, hash_value
 from ..protocol import SPLITS
+from ..stages import with_settings
 from ..tables import LeaveOneOut
 from ..user_index import KINDS, UserIndex
 from .arguments import TaskArguments
@@ -72,7 +73,7 @@ class AlignmentTasks(Mapping[str, datasets.DatasetDict]):
         **settings: Any,
     ):
         self.data, self.users, self.tokenizer = data, users, tokenizer
-        self.args = replace(args or TaskArguments(), **settings)
+        self.args = with_settings(args or TaskArguments(), settings)
         if not isinstance(retriever, pa.Table):
             retriever = retriever.candidates(
                 data, k=self.args.num_candidates, train_positions=self.args.train_positions
