@@ -90,13 +90,8 @@ def user_tokenizer(bases) -> UserTokenizer:
 
 
 def lora_config(**settings) -> ModelConfig:
-    defaults = {
-        "use_peft": True,
-        "lora_r": 4,
-        "lora_alpha": 8,
-        "lora_dropout": 0.0,
-        "lora_target_modules": ["q_proj", "v_proj"],
-    }
+    defaults = {"use_peft": True, "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
+    defaults["lora_target_modules"] = ["q_proj", "v_proj"]
     return ModelConfig(**{**defaults, **settings})
 
 
@@ -400,9 +395,3 @@ def test_a_base_in_memory_is_tuned_published_and_loaded(bases, user_tokenizer, t
     assert loaded.base_source.extended
     plain, tokenizer = load_base(str(bases[True]), UserIndex(["u1"], np.array([[1, 2]]), 16, kind="text"))
     assert tokenizer.levels == 0 and all("lora" in name for name, row in plain.named_parameters() if row.requires_grad)
-
-
-def test_the_embedded_base_has_a_name():
-    model, tokenizer = load_base("embedded", UserIndex(["u1"], np.array([[1, 2]]), 4))
-    assert tokenizer.encode_user([1, 2]) == tokenizer("<a_1><b_2>")["input_ids"]
-    assert model.config.max_position_embeddings >= 4096

@@ -93,3 +93,9 @@ def test_a_trainer_without_evaluation_rows_reads_the_letters_when_it_ranks(parts
     trainer = ULMRecTrainer(model, args, processing_class=tokenizer)
     assert trainer.verbalizer is None
     assert trainer.rank(rows(3)).shape == (3, 2) and len(trainer.verbalizer.ids) == 2
+
+
+def test_the_embedded_base_has_a_name():
+    model, tokenizer = load_base("embedded", USERS)
+    assert tokenizer.encode_user([1, 2]) == tokenizer("<a_1><b_2>")["input_ids"]
+    assert model.config.max_position_embeddings >= 4096

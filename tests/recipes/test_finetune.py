@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -98,6 +99,26 @@ def test_the_same_command_runs_nothing_again_and_other_settings_are_refused(run_
                 ["--config", str(small_settings), "--output_dir", str(run_folder), *SMALL, "--synthetic_seed", "1"]
             )
         )
+
+
+def test_every_column_of_a_table_is_decoded_once(small_settings, tmp_path, monkeypatch):
+    decoded = Counter()
+
+    class Counting(pq.ParquetFile):
+        def __init__(self, source, **settings):
+            super().__init__(source, **settings)
+            self.file_name = os.path.basename(source)
+
+        def read(self, columns=None, **settings):
+            decoded.update((self.file_name, name) for name in columns or self.schema_arrow.names)
+            return super().read(columns, **settings)
+
+    monkeypatch.setattr(pq, "ParquetFile", Counting)
+    finetune = load_recipe("finetune")
+    finetune.prepare_stages(finetune.parse(["--config", str(small_settings), "--output_dir", str(tmp_path), *SMALL]))
+    # the terminal's Recall@k reads two columns of the candidates again
+    assert {name for name, count in decoded.items() if count > 1} <= {("candidates.parquet", "split")}
+    assert {"sequences.parquet", "items.parquet", "interactions.parquet"} <= {file for file, _ in decoded}
 
 
 def test_a_killed_tuning_resumes_and_ends_with_the_same_metrics(prepared, small_settings, tmp_path):
