@@ -128,6 +128,12 @@ def test_bad_input_is_refused(folder, tmp_path):
         load_indexer(tmp_path)
 
 
+def test_another_class_than_the_saved_one_is_refused(folder, tmp_path):
+    ResidualKMeans.fit(in_memory(folder), **SETTINGS).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="holds an indexer residual_kmeans, not rq_vae: load it by load_indexer"):
+        INDEXERS["rq_vae"].from_pretrained(tmp_path)
+
+
 def test_few_users_repeat_codes(tmp_path):
     data = in_memory(write_data_stage(tmp_path / "data", 5))
     for indexer in (

@@ -264,6 +264,12 @@ class Indexer(nn.Module, PyTorchModelHubMixin, ABC):
         if not os.path.isdir(folder):
             hub = ("revision", "cache_dir", "force_download", "local_files_only", "token")
             folder = snapshot_download(model_id, **{name: settings.get(name) for name in hub})
+        config = Path(folder) / "config.json"
+        saved = (
+            json.loads(config.read_text(encoding="utf-8")).get("indexer", cls.name) if config.is_file() else cls.name
+        )
+        if saved != cls.name:
+            raise ValueError(f"{folder} holds an indexer {saved}, not {cls.name}: load it by load_indexer.")
         indexer = super()._from_pretrained(model_id=str(folder), **settings).eval()
         if (Path(folder) / "inputs.json").is_file():
             inputs = indexer.inputs = InputEncoder.load(folder)
