@@ -61,6 +61,11 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def read_json(path: str | os.PathLike) -> Any:
+    """What a UTF-8 file of JSON holds."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
 def write_table(path: str | os.PathLike, table: pa.Table) -> None:
     """Writes a Parquet file atomically; equal tables give equal bytes."""
     with atomic_path(path) as partial:

@@ -1,9 +1,7 @@
 """The main job: raw interactions to an evaluated, loadable recommender, stage by stage under one output folder."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pyarrow.compute as pc
 from trl import ModelConfig
@@ -12,6 +10,7 @@ from .console import Console
 from .data.readers import check_source
 from .data.stage import prepare_data
 from .figures import number
+from .files import read_json
 from .indexing.arguments import IndexArguments
 from .indexing.stage import index_users
 from .metrics import mean, per_user_metrics, top_k_ranks
@@ -55,7 +54,9 @@ def prepare_stages(settings: Settings) -> None:
     with console.stage("data", run / "data") as stage:
         folder = prepare_data(settings.data, run, overwrite=overwrite)
         stage.found(
-            "{users:,} users, {items:,} items, {interactions:,} interactions".format(**_json(folder, "summary"))
+            "{users:,} users, {items:,} items, {interactions:,} interactions".format(
+                **read_json(folder / "summary.json")
+            )
         )
     data = LeaveOneOut.load(folder)
     with console.stage("retriever", run / "retriever") as stage:
@@ -65,7 +66,7 @@ def prepare_stages(settings: Settings) -> None:
         extract_preferences(settings.preferences, data, run, overwrite=overwrite)
         stage.found(settings.preferences.extractor)
     with console.stage("index", run / "index") as stage:
-        quality = _json(index_users(settings.index, data, run, overwrite=overwrite), "report")
+        quality = read_json(index_users(settings.index, data, run, overwrite=overwrite) / "report.json")
         stage.found(f"lift of held-out items under one code {number(quality['lift_heldout'][0], '.2f')}")
     systems = [system for system in (RANKER, *settings.pipeline.systems) if system is RANKER or system.has_own_tasks]
     with console.stage("tasks", run / "data" / "tasks") as stage:
@@ -74,10 +75,6 @@ def prepare_stages(settings: Settings) -> None:
         for system in systems:
             render_tasks(system, settings.tasks, sources, run, overwrite=overwrite)
         stage.found(f"prompts of {', '.join(system.name for system in systems)}")
-
-
-def _json(folder: Path, name: str) -> dict[str, Any]:
-    return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def _retriever_recall(folder: Path, k: int) -> str:

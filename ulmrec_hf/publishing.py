@@ -1,6 +1,5 @@
 """Publishing what was tuned: a folder that loads anywhere, with what ranking needs beside the weights."""
 
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from .files import write_json
+from .files import read_json, write_json
 from .modeling import BaseSource, base_is_saved, extend_base, extend_vocabulary, load_causal_lm
 
 if TYPE_CHECKING:
@@ -139,7 +138,7 @@ def read_ranker_file(folder: str | os.PathLike) -> dict[str, Any]:
     path = Path(folder) / RANKER_FILE
     if not path.is_file():
         raise ValueError(f"{folder} is not a published model: {RANKER_FILE} is missing there.")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path)
 
 
 def _dtype(model: torch.nn.Module) -> torch.dtype:
@@ -161,7 +160,7 @@ def _save_adapter(
     (folder / "README.md").unlink(missing_ok=True)  # peft's card names the base by its path on this machine
     tokenizer.save_pretrained(folder)
     path = folder / "adapter_config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json(path)
     config.update(base_model_name_or_path=base, revision=revision)
     if isinstance(config["target_modules"], list):
         config["target_modules"].sort()  # written from a set, whose order changes with every process

@@ -1,6 +1,5 @@
 """Reports of a run, a retriever or a tuned model, assembled from the stages' folders."""
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import ArrayLike
 
+from .files import read_json
 from .metrics import KS, pad_scores, random_order_metrics, ranks_from_scores, top_k_ranks
 from .protocol import EVALUATED, MISS
 from .report import Report, plot_code_use, plot_training
@@ -41,10 +41,11 @@ def write_run_report(folder: Path, models: Sequence[Path], *, tasks: TaskArgumen
     labels = {split: _of(own, split=split)["label"].to_numpy() for split in EVALUATED}
     entries: list[Entry] = []
     candidates = read_table(folder / "retriever" / "candidates.parquet", ["split", "user", "target_rank"])
+    retrievers = read_table(folder / "retriever" / "ranks.parquet")
     for split in EVALUATED:
         counts = pc.list_value_length(_of(own, split=split)["scores"]).to_numpy()
         entries.append(("random", split, random_order_metrics(counts, labels[split]), "random"))
-        entries += _own_order(folder / "retriever", split, k)
+        entries += _own_order(retrievers, split, k)
         ranks = _of(candidates, split=split).sort_by("user")["target_rank"]
         entries.append(("retriever", split, top_k_ranks(ranks, k), "retriever"))
         for system in pc.unique(predictions["system"]).to_pylist():
@@ -53,7 +54,7 @@ def write_run_report(folder: Path, models: Sequence[Path], *, tasks: TaskArgumen
     report = assemble_report({split: labels[split] != MISS for split in EVALUATED}, k, entries, notes)
 
     def plot(partial: Path) -> None:
-        runs = [json.loads((model / "training.json").read_text(encoding="utf-8")) for model in models]
+        runs = [read_json(model / "training.json") for model in models]
         plot_training(partial / "training.png", {run["system"]: run["history"] for run in runs})
         index = UserIndex.from_parquet(folder / "index" / "user_index.parquet")
         plot_code_use(partial / "code_use.png", index.codes, index.codebook_size)
@@ -66,7 +67,8 @@ def write_run_report(folder: Path, models: Sequence[Path], *, tasks: TaskArgumen
 
 def write_retriever_report(stage: Path, folder: Path, args: RetrieverArguments) -> str:
     """Writes the stage `folder`, the report of a retrieval stage; returns a table for the terminal."""
-    entries = [entry for split in EVALUATED for entry in _own_order(stage, split, args.num_candidates)]
+    table = read_table(stage / "ranks.parquet")
+    entries = [entry for split in EVALUATED for entry in _own_order(table, split, args.num_candidates)]
     found = {split: np.isfinite(ranks) for system, split, ranks, _ in entries if system == args.retriever}
     ks = [k for k in _RETRIEVER_KS if k <= args.num_candidates] or [args.num_candidates]
     own = "Each system is scored on its own top k of the whole catalogue without the user's history."
@@ -138,12 +140,12 @@ def _write_stage(
         plot(partial)
 
     run_stage(folder, settings, inputs, build, overwrite=True)
-    return report.summary(json.loads((folder / "metrics.json").read_text(encoding="utf-8")))
+    return report.summary(read_json(folder / "metrics.json"))
 
 
-def _own_order(stage: Path, split: str, k: int) -> list[Entry]:
-    """Every retriever's own top k, from a retrieval stage."""
-    ranks = _of(read_table(stage / "ranks.parquet"), split=split)
+def _own_order(ranks: pa.Table, split: str, k: int) -> list[Entry]:
+    """Every retriever's own top k, from the ranks of a retrieval stage."""
+    ranks = _of(ranks, split=split)
     systems = pc.unique(ranks["system"]).to_pylist()
     by_user = ranks.sort_by("user")
     return [(system, split, top_k_ranks(_of(by_user, system=system)["rank"], k), "own") for system in systems]

@@ -1,7 +1,6 @@
 """Tuning the systems of a run as stages: from rendered tasks to scored models, resumed after a kill."""
 
 import copy
-import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ from transformers import PreTrainedModel, set_seed
 from trl import ModelConfig
 
 from .console import Console, quiet_trainer
-from .files import atomic_folder, write_json, write_table
+from .files import atomic_folder, read_json, write_json, write_table
 from .indexing.base import load_indexer
 from .modeling import BaseSource, add_adapter, base_is_saved, extend_base, load_model, resolve_base
 from .protocol import EVALUATED, SPLITS
@@ -185,7 +184,7 @@ def tune(
                 resume=True,
                 processes=tuning.processes,
             )
-            best = json.loads((folder / "training.json").read_text(encoding="utf-8"))["best_metric"]
+            best = read_json(folder / "training.json")["best_metric"]
             if best is not None:
                 stage.found(f"best validation {tuning.training.metric_for_best_model} {best:.3f}")
 

@@ -1,6 +1,5 @@
 """What all indexers share: inputs, a vector for each user, unique codes from codebooks, new users, files."""
 
-import json
 import logging
 import os
 from abc import ABC, abstractmethod
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin, snapshot_download
 from torch import nn
 
-from ..files import write_json
+from ..files import read_json, write_json
 from ..stages import with_settings
 from ..tables import LeaveOneOut
 from ..user_index import UserIndex
@@ -265,10 +264,8 @@ class Indexer(nn.Module, PyTorchModelHubMixin, ABC):
             hub = ("revision", "cache_dir", "force_download", "local_files_only", "token")
             folder = snapshot_download(model_id, **{name: settings.get(name) for name in hub})
         config = Path(folder) / "config.json"
-        saved = (
-            json.loads(config.read_text(encoding="utf-8")).get("indexer", cls.name) if config.is_file() else cls.name
-        )
-        if saved != cls.name:
+        saved = read_json(config).get("indexer") if config.is_file() else None
+        if saved not in (None, cls.name):
             raise ValueError(f"{folder} holds an indexer {saved}, not {cls.name}: load it by load_indexer.")
         indexer = super()._from_pretrained(model_id=str(folder), **settings).eval()
         if (Path(folder) / "inputs.json").is_file():
@@ -298,5 +295,5 @@ def load_indexer(folder: str | os.PathLike) -> Indexer:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} holds no indexer: {path.name} is missing there.")
-    name = json.loads(path.read_text(encoding="utf-8")).get("indexer")
+    name = read_json(path).get("indexer")
     return INDEXERS[INDEXERS.check(name, f"indexer in {path}")].from_pretrained(folder)
