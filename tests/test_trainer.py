@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from transformers import TrainerCallback, set_seed
 
 from tests.tiny_llama import make_base
 from ulmrec_hf import ULMRecTrainer, ULMRecTrainingArguments, UserIndex, load_base
@@ -99,3 +100,85 @@ def test_the_embedded_base_has_a_name():
     model, tokenizer = load_base("embedded", USERS)
     assert tokenizer.encode_user([1, 2]) == tokenizer("<a_1><b_2>")["input_ids"]
     assert model.config.max_position_embeddings >= 4096
+
+
+def test_every_row_counts_the_same_however_long_its_completion(parts):
+    _, _, make = parts
+    trainer = make()
+    step = next(iter(trainer.get_train_dataloader()))
+    (first, *_), size = step["passes"], sum(len(batch["labels"]) for batch in step["passes"])
+    assert trainer._get_num_items_in_batch([step], first["labels"].device) == size
+    labels = torch.tensor([[-100, -100, 3], [-100, 1, 2]])
+    logits = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
+    log = logits.log_softmax(-1)
+    expected = -(log[0, 1, 3] + (log[1, 0, 1] + log[1, 1, 2]) / 2) / 5
+    loss = trainer._loss(type("Output", (), {"logits": logits}), labels, torch.tensor(5))
+    torch.testing.assert_close(loss, expected)
+
+
+def test_passes_change_the_loss_and_the_gradient_by_rounding_alone(parts):
+    model, _, make = parts
+    found = []
+    for most in (4, 1):
+        trainer = make(per_device_train_batch_size=most, gradient_accumulation_steps=4 // most)
+        step = next(iter(trainer.get_train_dataloader()))
+        assert len(step["passes"]) >= 4 // most
+        model.zero_grad()
+        count = trainer._get_num_items_in_batch([step], model.device)
+        loss = trainer.training_step(model, step, count)
+        found.append((loss, {name: weight.grad.clone() for name, weight in trained_rows(model).items()}))
+    (loss, gradients), (other, others) = found
+    torch.testing.assert_close(loss, other)
+    torch.testing.assert_close(gradients, others, rtol=1e-4, atol=1e-6)
+
+
+class Killed(Exception):
+    """Instead of a signal."""
+
+
+class KillAfter(TrainerCallback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise Killed
+
+
+@pytest.mark.parametrize("killed", [2, 5, 8], ids=["first epoch", "second epoch", "third epoch"])
+def test_a_killed_training_resumes_exactly(tmp_path, killed):
+    base = str(make_base(tmp_path / "base", tied=True))
+    arguments = {"use_cpu": True, "bf16": False, "eval_strategy": "no", "disable_tqdm": True, "num_train_epochs": 3}
+    arguments |= {"load_best_model_at_end": False, "per_device_train_batch_size": 4, "save_steps": 1}
+
+    def train(folder, callbacks=(), resume=None):
+        set_seed(0)
+        model, tokenizer = load_base(base, USERS, lora_r=4, lora_dropout=0.3)
+        args = ULMRecTrainingArguments(str(folder), learning_rate=0.01, **arguments)
+        parts = {"train_dataset": rows(), "processing_class": tokenizer, "callbacks": [*callbacks]}
+        ULMRecTrainer(model, args, **parts).train(resume_from_checkpoint=resume)
+        return {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
+
+    whole = train(tmp_path / "whole")
+    with pytest.raises(Killed):
+        train(tmp_path / "killed", [KillAfter(killed)])
+    torch.manual_seed(99)  # a new process starts with another random state
+    resumed = train(tmp_path / "killed", resume=str(tmp_path / "killed" / f"checkpoint-{killed - 1}"))
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_setting(parts):
+    model, _, make = parts
+    trainer = make(max_steps=2)
+    with torch.no_grad():
+        next(iter(trained_rows(model).values())).fill_(torch.nan)
+    with pytest.raises(ValueError, match=r"The loss of step 1 is nan: lower learning_rate \(0.0001\)"):
+        trainer.train()
+
+
+def test_batches_that_nothing_would_read_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="train_sampling_strategy is 'group_by_length'"):
+        ULMRecTrainingArguments(str(tmp_path), train_sampling_strategy="group_by_length")
+    with pytest.raises(ValueError, match="max_tokens_per_pass is -1"):
+        ULMRecTrainingArguments(str(tmp_path), max_tokens_per_pass=-1)

@@ -23,7 +23,7 @@ from .stages import stage_fingerprint
 from .systems import RANKER, System, model_folder, task_folder
 from .tables import LeaveOneOut, read_table
 from .tasks.arguments import TaskArguments
-from .tasks.records import MIXTURE
+from .tasks.records import MIXTURE, TASKS
 from .tasks.stage import TaskSources, write_task_stage
 from .tasks.templates import PromptTemplates
 from .tokenization_user import UserTokenizer
@@ -34,7 +34,7 @@ from .verbalizer import LetterVerbalizer
 
 def make_console(settings: Settings) -> Console:
     """The console of a run, with one stage for each folder that it makes; its log is `output_dir/log.txt`."""
-    tuned = [system.name for system in (RANKER, *settings.pipeline.systems) if system.tuned]
+    tuned = [system.name for system in (RANKER, *settings.pipeline.systems) if system.has_own_stage]
     names = ["data", "retriever", "preferences", "index", "tasks", *tuned, "report"]
     return Console(names, settings.folder / "log.txt", is_main=settings.training.process_index == 0)
 
@@ -103,12 +103,14 @@ def render_tasks(
     system: System, tasks: TaskArguments, sources: TaskSources, run: Path, *, overwrite: bool = False
 ) -> Path:
     """Renders the tasks of a system of a run as a stage, from the run's sources; returns its folder."""
-    configs = None  # all of them
+    configs, changed = None, dict(system.task_settings)  # all of them
     if system is not RANKER:
-        configs = ("next_item", MIXTURE) if system.tuned else ("next_item",)
+        configs = ("next_item", MIXTURE) if system.model == "own" else ("next_item",)
+        if system.model == "own":
+            changed["mixture"] = system.mixture(tasks.mixture, TASKS)
     inputs = {name: stage_fingerprint(run / name) for name in ("data", "retriever", "preferences", "index")}
     return write_task_stage(
-        replace(tasks, **system.task_settings),
+        replace(tasks, **changed),
         task_folder(system, run),
         replace(sources, user_index=system.user_index(sources.user_index, tasks.task_seed)),
         inputs | {"spelled index": system.index},
@@ -134,7 +136,7 @@ def make_tuning(settings: Settings) -> Tuning:
 def write_report(settings: Settings) -> None:
     """Writes `report/` from the other stages, and prints its table and where everything is."""
     run, console = settings.folder, make_console(settings)
-    tuned = [RANKER, *(system for system in settings.pipeline.systems if system.tuned)]
+    tuned = [RANKER, *(system for system in settings.pipeline.systems if system.has_own_stage)]
     evidence, kind = settings.preferences.evidence, settings.index.index_kind
     notes = run_notes(settings.retriever, settings.tasks, evidence=evidence, index_kind=kind)
     with console.stage("report", run / "report"):

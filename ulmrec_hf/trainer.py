@@ -1,6 +1,9 @@
 """Tuning a causal language model as a ranker: transformers' Trainer, evaluated by the letters' logits."""
 
+import contextlib
+import copy
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +16,8 @@ from .metrics import RankingMetrics
 from .protocol import MISS
 from .ranker import UserRanker
 from .stages import setting
-from .tasks.collators import ULMRecCollator, tokenize_rows
+from .tasks.batches import PassLoader, StepSampler
+from .tasks.collators import IGNORED, ULMRecCollator, tokenize_rows
 from .tasks.dataset import AlignmentTasks
 from .verbalizer import LetterVerbalizer
 
@@ -23,8 +27,15 @@ class ULMRecTrainingArguments(TrainingArguments):
     """`transformers.TrainingArguments` with the paper's tuning as defaults.
 
     Changed defaults: learning_rate 1e-4, one epoch, evaluation and checkpoint every 100 steps, the best model by
-    validation NDCG@10 kept, batches grouped by length, at most 2 checkpoints, report_to "none", and a time limit for
-    waiting processes (ddp_timeout) of a day, since all wait while one of them runs the earlier stages.
+    validation NDCG@10 kept, at most 2 checkpoints, report_to "none", and a time limit for waiting processes
+    (ddp_timeout) of a day, since all wait while one of them runs the earlier stages.
+
+    A step's rows, `per_device_train_batch_size * gradient_accumulation_steps` on each process, are drawn at random and
+    go through the model in passes of similar length, of at most `per_device_train_batch_size` rows each; see
+    `tasks.batches.StepSampler`.
+
+    Raises:
+        ValueError: `train_sampling_strategy` is set, which nothing would read.
     """
 
     learning_rate: float = setting(1e-4, "Peak learning rate of the adapter (or the model).")
@@ -40,7 +51,9 @@ class ULMRecTrainingArguments(TrainingArguments):
     load_best_model_at_end: bool = setting(True, "Keep the model that did best in validation.")
     metric_for_best_model: str | None = setting("ndcg@10", "What decides which model is best.")
     greater_is_better: bool | None = setting(True, "Whether a larger metric is better.")
-    train_sampling_strategy: str = setting("group_by_length", "How batches are made; group_by_length pads least.")
+    max_tokens_per_pass: int = setting(
+        0, "Most tokens of a forward pass in training, padding counted; 0 = per_device_train_batch_size rows decide."
+    )
     logging_steps: float = setting(10, "Log the loss every so many steps.")
     # HfArgumentParser reads this order of the types only
     report_to: None | str | list[str] = field(  # noqa: RUF036
@@ -48,6 +61,16 @@ class ULMRecTrainingArguments(TrainingArguments):
     )
     remove_unused_columns: bool = setting(False, "Must stay false: the collator needs them all.")
     ddp_timeout: int = setting(86_400, "Seconds that a process waits for the others.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.train_sampling_strategy != "random":
+            raise ValueError(
+                f"train_sampling_strategy is {self.train_sampling_strategy!r}, but a step's rows are always drawn at "
+                "random and then grouped by length: leave it out."
+            )
+        if self.max_tokens_per_pass < 0:
+            raise ValueError(f"max_tokens_per_pass is {self.max_tokens_per_pass}; it must be 0 (no limit) or more.")
 
 
 def check_processes(args: TrainingArguments) -> None:
@@ -69,7 +92,9 @@ def ranking_metrics_of(prediction: EvalPrediction) -> dict[str, float]:
 class ULMRecTrainer(Trainer):
     """A Trainer that learns completions and is evaluated by ranking candidates in one forward pass.
 
-    Training rows carry loss on the completion only. Evaluation reads the logits of the candidates' letters at the last
+    Training rows carry loss on the completion only, and each row counts the same, however long its completion: the
+    loss of a step is the mean over its rows of the mean over a completion's tokens, so that a task's weight is its
+    share of the rows. Evaluation reads the logits of the candidates' letters at the last
     position: scores float32 [rows, candidates], -inf past a row's own candidates. Every row is scored; a target that
     is not among the candidates (label -1) counts as a miss.
 
@@ -79,6 +104,9 @@ class ULMRecTrainer(Trainer):
         eval_dataset: rows with prompt, label and candidates (the config `next_item`), or None.
         processing_class: the tokenizer.
         verbalizer: which token each letter is; by default read off the first row that is evaluated.
+
+    Raises:
+        ValueError: too few training rows, see `StepSampler`; in training, a loss that is not finite.
     """
 
     def __init__(
@@ -94,6 +122,10 @@ class ULMRecTrainer(Trainer):
     ):
         self.verbalizer = verbalizer
         kwargs.setdefault("compute_metrics", ranking_metrics_of)
+        self._step_rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        args = copy.copy(args)
+        args.gradient_accumulation_steps = 1  # the passes of a step take its place
+        args.average_tokens_across_devices = True  # `_loss` divides by the rows of all processes
         with args.main_process_first(desc="tokenizing"):
             if train_dataset is not None:
                 train_dataset = tokenize_rows(train_dataset, processing_class)
@@ -106,6 +138,7 @@ class ULMRecTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
+            compute_loss_func=self._loss,
             **kwargs,
         )
 
@@ -141,6 +174,58 @@ class ULMRecTrainer(Trainer):
         scores = np.empty((len(order), len(self.verbalizer.ids)), np.float32)
         scores[order] = self.predict(tokenized.select(order), metric_key_prefix="rank").predictions
         return scores[:, : max(tokenized["num_candidates"])]
+
+    def get_train_dataloader(self) -> PassLoader:
+        """The passes of this process, by step."""
+        args, rows = self.args, self.train_dataset
+        if rows is None:
+            raise ValueError("There is nothing to train on: give the trainer a train_dataset.")
+        sampler = StepSampler(
+            rows["length"],
+            self._step_rows,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            max_rows=args.per_device_train_batch_size,
+            max_tokens=args.max_tokens_per_pass,
+            rank=args.process_index,
+            processes=args.world_size,
+        )
+        generator = torch.Generator()  # of the workers' seeds, so that the global random state is left alone
+        workers = {"num_workers": args.dataloader_num_workers, "pin_memory": args.dataloader_pin_memory}
+        return PassLoader(rows, sampler, self.data_collator, generator=generator, **workers)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        passes, total = inputs["passes"], 0.0
+        for batch in passes:
+            # processes exchange gradients once a step
+            alone = self.accelerator.no_sync(model) if batch is not passes[-1] else contextlib.nullcontext()
+            with alone:
+                total += super().training_step(model, batch, num_items_in_batch)
+        if not torch.isfinite(total):
+            raise ValueError(
+                f"The loss of step {self.state.global_step + 1} is {float(total)}: lower learning_rate "
+                f"({self.args.learning_rate:g}) or user_token_learning_rate, or compute more exactly (bf16: false, "
+                "fp16: false, dtype: float32)."
+            )
+        return total
+
+    def _loss(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor) -> torch.Tensor:
+        """The sum of the mean losses of a pass's rows, divided by how many rows the step has."""
+        answers = labels[:, 1:]
+        logits = outputs.logits[:, :-1].float().transpose(1, 2)
+        smoothing = self.args.label_smoothing_factor
+        losses = torch.nn.functional.cross_entropy(
+            logits, answers, ignore_index=IGNORED, reduction="none", label_smoothing=smoothing
+        )
+        return (losses.sum(1) / (answers != IGNORED).sum(1)).sum() / num_items_in_batch
+
+    def _get_num_items_in_batch(self, batch_samples: Sequence[Mapping], device: torch.device) -> torch.Tensor:
+        """How many rows a step has, those of all processes."""
+        rows = sum(len(batch["labels"]) for step in batch_samples for batch in step["passes"])
+        return self.accelerator.gather(torch.tensor(rows, device=device)).sum()
+
+    def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
+        """Of a step: of all its passes."""
+        return sum(map(super().floating_point_ops, inputs.get("passes", [inputs])))
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedModel, set_seed
@@ -30,6 +31,7 @@ from .stages import Processes, run_stage, stage_fingerprint
 from .systems import RANKER, System, model_folder, task_folder
 from .tables import PREDICTIONS, LeaveOneOut
 from .tasks.arguments import TaskArguments
+from .tasks.batches import count_steps
 from .tokenization_user import UserTokenizer
 from .trainer import ULMRecTrainer, ULMRecTrainingArguments
 from .verbalizer import LetterVerbalizer
@@ -60,7 +62,6 @@ TUNING_SETTINGS = (
     "load_best_model_at_end",
     "metric_for_best_model",
     "greater_is_better",
-    "train_sampling_strategy",
     "label_smoothing_factor",
     "neftune_noise_alpha",
 )
@@ -149,10 +150,21 @@ class Tuning:
         several = training.world_size > 1
         return Processes(training.process_index == 0, PartialState().wait_for_everyone if several else lambda: None)
 
+    def steps(self) -> int:
+        """How many steps every system is tuned for: as many as the ranker needs for its epochs."""
+        training = self.training
+        if training.max_steps > 0:
+            return training.max_steps
+        files = _row_files(task_folder(RANKER, self.run), "train")
+        rows = sum(pq.read_metadata(path).num_rows for path in files)
+        each = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
+        return max(1, math.ceil(training.num_train_epochs * count_steps(rows, each, training.world_size)))
+
     def settings(self) -> dict[str, Any]:
         """What decides the tuned model, for its stage."""
         chosen = {name: getattr(self.training, name, None) for name in TUNING_SETTINGS}
         chosen |= asdict(self.model) | {"save_base": self.save_base, "validation_users": self.validation_users}
+        chosen["max_steps"] = self.steps()
         # what counts is the rows of a step, however many processes share them
         parts = (chosen.pop(name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps"))
         return chosen | {"batch_size": self.training.world_size * math.prod(parts)}
@@ -161,18 +173,18 @@ class Tuning:
 def tune(
     tuning: Tuning, systems: Sequence[System], console: Console, publish: Publisher, *, overwrite: bool = False
 ) -> None:
-    """Tunes the ranker (`model/`) and each of `systems` that is tuned by itself (`ablations/<name>/model/`), as stages.
+    """Tunes the ranker (`model/`) and each of `systems` that has its own stage (`ablations/<name>/model/`).
 
-    Each writes training.json and predictions.parquet; the ranker also scores the rows of the other systems, and is
-    published. Every process of a distributed run calls this. A killed tuning resumes from its last checkpoint.
+    All are tuned for as many steps as the ranker. Each stage holds training.json and predictions.parquet; the ranker
+    also scores the rows of the systems without a stage, and is published. Every process of a distributed run calls this. A killed tuning resumes from its last checkpoint.
 
     Raises:
         ValueError: the stage of another run stands in a folder.
     """
     tuning.processes.wait()  # the main process comes here when the earlier stages are done
-    for system in [RANKER, *(system for system in systems if system.tuned)]:
+    for system in [RANKER, *(system for system in systems if system.has_own_stage)]:
         folder, own = model_folder(system, tuning.run), system is RANKER
-        scored = [system, *(other for other in systems if own and not other.tuned)]
+        scored = [system, *(other for other in systems if own and not other.has_own_stage)]
         settings = {"system": system.name, "also_scored": [other.name for other in scored[1:]]}
         with console.stage(system.name, folder) as stage:
             run_stage(
@@ -190,13 +202,14 @@ def tune(
 
 
 def _build(tuning: Tuning, scored: Sequence[System], publish: Publisher | None, folder: Path) -> None:
-    """Tunes the first of the systems, scores all of them, and fills the stage `folder`."""
+    """Tunes the first of the systems, unless it is the base, scores all of them, and fills the stage `folder`."""
     training = tuning.training
     # the ranker's stage holds the base that all systems are tuned on
     source = _prepare_base(tuning, folder / BASE if publish else model_folder(RANKER, tuning.run) / BASE)
     tasks = {system.name: task_folder(system, tuning.run) for system in scored}
     with training.main_process_first(desc="loading the tasks"):  # the others read its cache
-        rows = {split: _load_rows(tasks[scored[0].name], split, folder / "cache") for split in SPLITS}
+        splits = SPLITS if scored[0].model == "own" else EVALUATED
+        rows = {split: _load_rows(tasks[scored[0].name], split, folder / "cache") for split in splits}
         others = {
             (each.name, split): _load_rows(tasks[each.name], split, folder / "cache")
             for each in scored[1:]
@@ -208,7 +221,8 @@ def _build(tuning: Tuning, scored: Sequence[System], publish: Publisher | None, 
     trainer = _make_trainer(tuning, model, folder / "checkpoints", rows)
     # every system of a run draws the same numbers, whatever was made before it
     set_seed(training.seed)
-    trainer.train(resume_from_checkpoint=last_checkpoint(folder / "checkpoints"))
+    if "train" in rows:
+        trainer.train(resume_from_checkpoint=last_checkpoint(folder / "checkpoints"))
     history = [
         {name: value for name, value in entry.items() if name in _LOGGED or "@" in name}
         for entry in trainer.state.log_history
@@ -244,6 +258,7 @@ def _prepare_base(tuning: Tuning, folder: Path) -> BaseSource:
 def _make_trainer(tuning: Tuning, model: PreTrainedModel, folder: Path, rows: Mapping[str, Dataset]) -> ULMRecTrainer:
     args = copy.copy(tuning.training)
     args.output_dir = str(folder)
+    args.max_steps = tuning.steps()
     validation = rows["validation"]
     if 0 < tuning.validation_users < len(validation):
         chosen = np.random.default_rng(tuning.seed).permutation(len(validation))
@@ -251,7 +266,7 @@ def _make_trainer(tuning: Tuning, model: PreTrainedModel, folder: Path, rows: Ma
     trainer = ULMRecTrainer(
         model,
         args,
-        train_dataset=rows["train"],
+        train_dataset=rows.get("train"),
         eval_dataset=None if args.eval_strategy == "no" else validation,
         processing_class=tuning.tokenizer,
         verbalizer=LetterVerbalizer(tuning.tokenizer, validation[0]["prompt"], tuning.num_candidates),
@@ -266,10 +281,13 @@ def last_checkpoint(folder: Path) -> str | None:
     return str(max(found, key=lambda path: int(path.name.rpartition("-")[2]))) if found else None
 
 
-def _load_rows(tasks: Path, split: str, cache: Path) -> Dataset:
+def _row_files(tasks: Path, split: str) -> list[Path]:
     """Training rows of the mixture, evaluation rows of next_item."""
-    folder = tasks / ("mixture" if split == "train" else "next_item")
-    return Dataset.from_parquet([str(path) for path in sorted(folder.glob(f"{split}-*.parquet"))], cache_dir=str(cache))
+    return sorted((tasks / ("mixture" if split == "train" else "next_item")).glob(f"{split}-*.parquet"))
+
+
+def _load_rows(tasks: Path, split: str, cache: Path) -> Dataset:
+    return Dataset.from_parquet([str(path) for path in _row_files(tasks, split)], cache_dir=str(cache))
 
 
 def _predictions(trainer: ULMRecTrainer, system: str, split: str, rows: Dataset) -> pa.Table:

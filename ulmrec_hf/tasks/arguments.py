@@ -31,6 +31,11 @@ class TaskArguments:
     hard_negatives: float = setting(
         0.5, "Share of a training row's wrong candidates that come from the retriever; the rest are random."
     )
+    anonymous_share: float = setting(
+        0.0,
+        "Share of the training rows with a target that leave the user index out, so that the model also ranks for users "
+        "without one.",
+    )
     mixture: dict[str, float] | str | None = field(
         default_factory=lambda: dict.fromkeys(TASKS, 1.0),
         metadata={
@@ -59,8 +64,9 @@ class TaskArguments:
             if type(value) is not int or value < least or (most is not None and value > most):
                 limit = f"at least {least}" if most is None else f"{least} to {most}"
                 raise ValueError(f"{name} is {value!r}; it must be a whole number of {limit}.")
-        if not 0 <= self.hard_negatives <= 1:
-            raise ValueError(f"hard_negatives is {self.hard_negatives!r}; it must be a share from 0 to 1.")
+        for name in ("hard_negatives", "anonymous_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be a share from 0 to 1.")
         if self.evaluation_order not in EVALUATION_ORDERS:
             raise ValueError(
                 f"evaluation_order is {self.evaluation_order!r}; it must be one of {', '.join(EVALUATION_ORDERS)}."

@@ -19,7 +19,8 @@ def tokenize_rows(dataset: "Dataset", tokenizer: "PreTrainedTokenizerBase", *, e
         dataset: columns prompt and completion; for evaluation prompt, label and candidates.
 
     Returns:
-        For training: input_ids (prompt, completion, end token), completion_length (the end token counted), length.
+        For training: input_ids (prompt, completion, end token), completion_length (the end token counted), length. A
+        completion of one token, such as a letter, has no end token: half of its row's loss would be about that.
         For evaluation: input_ids (the prompt), label, num_candidates, length. `length` serves grouping by length.
     """
     return dataset.map(
@@ -64,12 +65,14 @@ def tokenize_batch(
                 f"differently when the completion {completion[:20]!r} follows: end the prompt template with a newline, "
                 "and use a tokenizer that adds no end token by itself."
             )
+    ids = [
+        joint if len(joint) - len(before) == 1 else [*joint, end]
+        for before, joint in zip(prompt_ids, joint_ids, strict=True)
+    ]
     return {
-        "input_ids": [[*joint, end] for joint in joint_ids],
-        "completion_length": [
-            len(joint) + 1 - len(before) for before, joint in zip(prompt_ids, joint_ids, strict=True)
-        ],
-        "length": [len(joint) + 1 for joint in joint_ids],
+        "input_ids": ids,
+        "completion_length": [len(row) - len(before) for before, row in zip(prompt_ids, ids, strict=True)],
+        "length": list(map(len, ids)),
     }
 
 

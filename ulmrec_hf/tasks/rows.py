@@ -43,6 +43,7 @@ class _Row(NamedTuple):
     target: int  # 0: none
     candidates: list[int]
     label: int
+    anonymous: bool  # the place of the user index stays empty
 
 
 class TaskRows:
@@ -141,7 +142,8 @@ class TaskRows:
         target = int(self._sequences[user][position]) if task.evaluated else 0
         candidates = self._choose_candidates(task, split, user, position, target) if task.ranks else []
         label = candidates.index(target) if target in candidates else MISS
-        prompt, completion = self._render(_Row(task, user, position, target, candidates, label))
+        anonymous = split == "train" and self._is_anonymous(task, user, position)
+        prompt, completion = self._render(_Row(task, user, position, target, candidates, label, anonymous))
         return {
             "task": name,
             "user": user,
@@ -183,6 +185,14 @@ class TaskRows:
             rows = zip(users.tolist(), positions.tolist(), strict=True)
             return np.array([self._preference(user, position) != NONE for user, position in rows], bool)
         return np.ones(len(users), bool)
+
+    def _is_anonymous(self, task: Task, user: int, position: int) -> bool:
+        """Whether a training row leaves the index out; not where it is what the row is about."""
+        share = self.args.anonymous_share
+        if not share or not task.evaluated:
+            return False
+        # the 1 keeps the draw apart from that of the row's candidates
+        return np.random.default_rng([self.args.task_seed, task.seed, user, position, 1]).random() < share
 
     def _render(self, row: _Row) -> tuple[str, str]:
         """Prompt and completion, with as much of the newest history as max_length allows."""
@@ -280,7 +290,7 @@ class TaskRows:
 
 # The fields of `records.FIELDS` but the history, which is fitted to max_length.
 _FIELDS: dict[str, Callable[[TaskRows, _Row], str]] = {
-    "user": lambda rows, row: rows._spell(row.user),
+    "user": lambda rows, row: "" if row.anonymous else rows._spell(row.user),
     "preference": lambda rows, row: rows._preference(row.user, row.position),
     "candidates": lambda rows, row: render_candidates([rows._titles[item] for item in row.candidates]),
     "letter": lambda rows, row: LETTERS[row.label] if row.label != MISS else "",
