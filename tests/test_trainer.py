@@ -1,13 +1,16 @@
 """ULMRecTrainer by itself: what it trains at which rate, how it ranks, and the ranker it gives."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Features, Value
 from transformers import TrainerCallback, set_seed
 
 from tests.tiny_llama import make_base
 from ulmrec_hf import ULMRecTrainer, ULMRecTrainingArguments, UserIndex, load_base
+from ulmrec_hf.tasks.collators import ULMRecCollator, tokenize_rows
 from ulmrec_hf.verbalizer import LetterVerbalizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -102,18 +105,27 @@ def test_the_embedded_base_has_a_name():
     assert model.config.max_position_embeddings >= 4096
 
 
-def test_every_row_counts_the_same_however_long_its_completion(parts):
-    _, _, make = parts
-    trainer = make()
-    step = next(iter(trainer.get_train_dataloader()))
-    (first, *_), size = step["passes"], sum(len(batch["labels"]) for batch in step["passes"])
-    assert trainer._get_num_items_in_batch([step], first["labels"].device) == size
-    labels = torch.tensor([[-100, -100, 3], [-100, 1, 2]])
-    logits = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
-    log = logits.log_softmax(-1)
-    expected = -(log[0, 1, 3] + (log[1, 0, 1] + log[1, 1, 2]) / 2) / 5
-    loss = trainer._loss(type("Output", (), {"logits": logits}), labels, torch.tensor(5))
-    torch.testing.assert_close(loss, expected)
+def test_every_row_counts_the_same_however_long_its_completion_but_for_its_weight(parts):
+    _, tokenizer, make = parts
+    names = ["short", "long"]
+    columns = {"prompt": ["who?\n"] * 2, "completion": ["A", "red soap"], "task": [0, 1]}
+    features = Features({"prompt": Value("string"), "completion": Value("string"), "task": ClassLabel(names=names)})
+    mixture = Dataset.from_dict(columns, features=features)
+    model = SimpleNamespace(logits=None)
+    for weights in ({}, {"long": 3.0}):
+        batch = ULMRecCollator(tokenizer)(list(tokenize_rows(mixture, tokenizer, weights=weights)))
+        labels = batch["labels"]
+        model.logits = torch.randn(*labels.shape, len(tokenizer), generator=torch.Generator().manual_seed(0))
+        log, row_losses = model.logits.log_softmax(-1), []
+        for row in range(2):
+            places = [place for place in range(1, labels.shape[1]) if labels[row, place] != -100]
+            row_losses.append(-sum(log[row, place - 1, labels[row, place]] for place in places) / len(places))
+        trainer = make()
+        count = trainer._get_num_items_in_batch([{"passes": [batch]}], labels.device)
+        weight = weights.get("long", 1.0)
+        assert count == 1 + weight
+        loss = trainer.compute_loss(lambda **inputs: model, batch, num_items_in_batch=count)
+        torch.testing.assert_close(loss, (row_losses[0] + weight * row_losses[1]) / (1 + weight))
 
 
 def test_passes_change_the_loss_and_the_gradient_by_rounding_alone(parts):

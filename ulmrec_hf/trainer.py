@@ -16,6 +16,7 @@ from .metrics import RankingMetrics
 from .protocol import MISS
 from .ranker import UserRanker
 from .stages import setting
+from .tasks.arguments import read_task_numbers
 from .tasks.batches import PassLoader, StepSampler
 from .tasks.collators import IGNORED, ULMRecCollator, tokenize_rows
 from .tasks.dataset import AlignmentTasks
@@ -59,6 +60,13 @@ class ULMRecTrainingArguments(TrainingArguments):
     report_to: None | str | list[str] = field(  # noqa: RUF036
         default="none", metadata={"help": "Experiment tracker, such as wandb."}
     )
+    loss_weights: dict[str, float] | str | None = field(
+        default_factory=dict,
+        metadata={
+            "help": "How much a row of each task counts in the loss, 1 where none is given; with the mixture, how many "
+            "rows there are, it makes a task's weight. As JSON on the command line."
+        },
+    )
     remove_unused_columns: bool = setting(False, "Must stay false: the collator needs them all.")
     ddp_timeout: int = setting(86_400, "Seconds that a process waits for the others.")
 
@@ -71,6 +79,7 @@ class ULMRecTrainingArguments(TrainingArguments):
             )
         if self.max_tokens_per_pass < 0:
             raise ValueError(f"max_tokens_per_pass is {self.max_tokens_per_pass}; it must be 0 (no limit) or more.")
+        self.loss_weights = read_task_numbers("loss_weights", self.loss_weights or {})
 
 
 def check_processes(args: TrainingArguments) -> None:
@@ -92,9 +101,9 @@ def ranking_metrics_of(prediction: EvalPrediction) -> dict[str, float]:
 class ULMRecTrainer(Trainer):
     """A Trainer that learns completions and is evaluated by ranking candidates in one forward pass.
 
-    Training rows carry loss on the completion only, and each row counts the same, however long its completion: the
-    loss of a step is the mean over its rows of the mean over a completion's tokens, so that a task's weight is its
-    share of the rows. Evaluation reads the logits of the candidates' letters at the last
+    Training rows carry loss on the completion only, and each row of a task counts the same, however long its
+    completion: the loss of a step is the mean over its rows of the mean over a completion's tokens, weighed by
+    `loss_weights`. A task's weight is so its share of the rows times its weight. Evaluation reads the logits of the candidates' letters at the last
     position: scores float32 [rows, candidates], -inf past a row's own candidates. Every row is scored; a target that
     is not among the candidates (label -1) counts as a miss.
 
@@ -125,10 +134,9 @@ class ULMRecTrainer(Trainer):
         self._step_rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         args = copy.copy(args)
         args.gradient_accumulation_steps = 1  # the passes of a step take its place
-        args.average_tokens_across_devices = True  # `_loss` divides by the rows of all processes
         with args.main_process_first(desc="tokenizing"):
             if train_dataset is not None:
-                train_dataset = tokenize_rows(train_dataset, processing_class)
+                train_dataset = tokenize_rows(train_dataset, processing_class, weights=args.loss_weights)
             if eval_dataset is not None:
                 eval_dataset = self._evaluation_rows(eval_dataset, processing_class).sort("length")
         super().__init__(
@@ -138,9 +146,9 @@ class ULMRecTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            compute_loss_func=self._loss,
             **kwargs,
         )
+        self.loss_is_scaled_for_ga = True  # `compute_loss` divides by the rows of the whole step
 
     def _evaluation_rows(self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
         """The rows tokenised, after they have given the verbalizer where there is none yet."""
@@ -208,20 +216,30 @@ class ULMRecTrainer(Trainer):
             )
         return total
 
-    def _loss(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor) -> torch.Tensor:
-        """The sum of the mean losses of a pass's rows, divided by how many rows the step has."""
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The sum of a pass's row losses, each the mean over its completion, divided by the weights of the step."""
+        inputs = dict(inputs)
+        labels, weights = inputs.pop("labels"), inputs.pop("weights", None)
+        outputs = model(**inputs)
         answers = labels[:, 1:]
-        logits = outputs.logits[:, :-1].float().transpose(1, 2)
-        smoothing = self.args.label_smoothing_factor
         losses = torch.nn.functional.cross_entropy(
-            logits, answers, ignore_index=IGNORED, reduction="none", label_smoothing=smoothing
+            outputs.logits[:, :-1].float().transpose(1, 2),
+            answers,
+            ignore_index=IGNORED,
+            reduction="none",
+            label_smoothing=self.args.label_smoothing_factor,
         )
-        return (losses.sum(1) / (answers != IGNORED).sum(1)).sum() / num_items_in_batch
+        by_row = losses.sum(1) / (answers != IGNORED).sum(1)
+        total = by_row.sum() if weights is None else by_row @ weights
+        # processes average their gradients
+        loss = total * self.accelerator.num_processes / num_items_in_batch
+        return (loss, outputs) if return_outputs else loss
 
     def _get_num_items_in_batch(self, batch_samples: Sequence[Mapping], device: torch.device) -> torch.Tensor:
-        """How many rows a step has, those of all processes."""
-        rows = sum(len(batch["labels"]) for step in batch_samples for batch in step["passes"])
-        return self.accelerator.gather(torch.tensor(rows, device=device)).sum()
+        """The weights of all rows of a step, those of all processes."""
+        passes = [batch for step in batch_samples for batch in step["passes"]]
+        weight = sum(float(batch["weights"].sum()) if "weights" in batch else len(batch["labels"]) for batch in passes)
+        return self.accelerator.gather(torch.tensor(weight, device=device)).sum()
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
         """Of a step: of all its passes."""

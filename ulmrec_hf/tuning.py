@@ -62,6 +62,8 @@ TUNING_SETTINGS = (
     "load_best_model_at_end",
     "metric_for_best_model",
     "greater_is_better",
+    "loss_weights",
+    "max_tokens_per_pass",
     "label_smoothing_factor",
     "neftune_noise_alpha",
 )

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..stages import setting
 from ..verbalizer import LETTERS
@@ -71,22 +72,27 @@ class TaskArguments:
             raise ValueError(
                 f"evaluation_order is {self.evaluation_order!r}; it must be one of {', '.join(EVALUATION_ORDERS)}."
             )
-        self.mixture = self._read_mixture()
+        mixture = self.mixture
+        self.mixture = dict.fromkeys(TASKS, 1.0) if mixture is None else read_task_numbers("mixture", mixture)
+        if not any(self.mixture.values()):
+            raise ValueError(f"mixture is {mixture!r}; not all proportions may be 0.")
 
-    def _read_mixture(self) -> dict[str, float]:
-        mixture = dict.fromkeys(TASKS, 1.0) if self.mixture is None else self.mixture
-        if isinstance(mixture, str):
-            try:
-                mixture = json.loads(mixture)
-            except json.JSONDecodeError:
-                raise ValueError(
-                    f'mixture is {mixture!r}; on the command line it must be JSON: {{"next_item": 1}}.'
-                ) from None
-        if not isinstance(mixture, dict) or not set(mixture) <= set(TASKS):
-            raise ValueError(f"mixture is {mixture!r}; it must give a number for some of {', '.join(TASKS)}.")
-        shares = mixture.values()
-        if not all(
-            isinstance(share, int | float) and math.isfinite(share) and share >= 0 for share in shares
-        ) or not any(shares):
-            raise ValueError(f"mixture is {mixture!r}; proportions are numbers of at least 0, not all of them 0.")
-        return mixture
+
+def read_task_numbers(name: str, value: Any) -> dict[str, float]:
+    """A setting that has a number for some of the tasks, as a dict; the command line gives it as JSON.
+
+    Raises:
+        ValueError: it is something else, names a task that is not registered, or has a number below 0.
+    """
+    numbers = value
+    if isinstance(value, str):
+        try:
+            numbers = json.loads(value)
+        except json.JSONDecodeError:
+            raise ValueError(f'{name} is {value!r}; on the command line it must be JSON: {{"next_item": 1}}.') from None
+    if not isinstance(numbers, dict) or not set(numbers) <= set(TASKS):
+        raise ValueError(f"{name} is {value!r}; it must give a number for some of {', '.join(TASKS)}.")
+    good = (isinstance(number, int | float) and math.isfinite(number) and number >= 0 for number in numbers.values())
+    if not all(good):
+        raise ValueError(f"{name} is {value!r}; give finite numbers of at least 0.")
+    return numbers

@@ -12,30 +12,42 @@ if TYPE_CHECKING:
 IGNORED = -100  # the label of a token that carries no loss
 
 
-def tokenize_rows(dataset: "Dataset", tokenizer: "PreTrainedTokenizerBase", *, evaluation: bool = False) -> "Dataset":
+def tokenize_rows(
+    dataset: "Dataset",
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    evaluation: bool = False,
+    weights: Mapping[str, float] | None = None,
+) -> "Dataset":
     """Tokenises a dataset's prompts and completions once, so that a training step only pads.
 
     Args:
-        dataset: columns prompt and completion; for evaluation prompt, label and candidates.
+        dataset: columns prompt and completion, and with weights task; for evaluation prompt, label and candidates.
+        weights: how much a row of a task counts; 1 where a task has none.
 
     Returns:
         For training: input_ids (prompt, completion, end token), completion_length (the end token counted), length. A
         completion of one token, such as a letter, has no end token: half of its row's loss would be about that.
+        With weights, also weight.
         For evaluation: input_ids (the prompt), label, num_candidates, length. `length` serves grouping by length.
     """
+    by_task = [weights.get(name, 1.0) for name in dataset.features["task"].names] if weights else None
     return dataset.map(
         tokenize_batch,
         batched=True,
         remove_columns=dataset.column_names,
-        fn_kwargs={"tokenizer": tokenizer, "evaluation": evaluation},
+        fn_kwargs={"tokenizer": tokenizer, "evaluation": evaluation, "weights": by_task},
         desc="Tokenizing",
     )
 
 
 def tokenize_batch(
-    rows: Mapping[str, Sequence], tokenizer: "PreTrainedTokenizerBase", evaluation: bool = False
+    rows: Mapping[str, Sequence],
+    tokenizer: "PreTrainedTokenizerBase",
+    evaluation: bool = False,
+    weights: Sequence[float] | None = None,
 ) -> dict[str, list]:
-    """`tokenize_rows` for a dict of columns.
+    """`tokenize_rows` for a dict of columns, `weights` being those of the tasks by number.
 
     Prompt and completion are tokenised as one text, because a letter alone may be another token than the same letter
     after the prompt (Llama-2: 319 and 29909). The prompt's own tokens must be the beginning of that text's tokens: they
@@ -69,11 +81,12 @@ def tokenize_batch(
         joint if len(joint) - len(before) == 1 else [*joint, end]
         for before, joint in zip(prompt_ids, joint_ids, strict=True)
     ]
-    return {
+    columns = {
         "input_ids": ids,
         "completion_length": [len(row) - len(before) for before, row in zip(prompt_ids, ids, strict=True)],
         "length": list(map(len, ids)),
     }
+    return columns | ({"weight": [weights[task] for task in rows["task"]]} if weights else {})
 
 
 class ULMRecCollator:
@@ -84,9 +97,10 @@ class ULMRecCollator:
     learned positions need.
 
     A training batch holds `labels` [batch, k] and `logits_to_keep` = k, where k is the longest completion and its end
-    token plus one: the model computes logits at the last k positions only, since no other carries loss.
+    token plus one: the model computes logits at the last k positions only, since no other carries loss. Rows with a
+    `weight` also give `weights`, float32 [batch].
     An evaluation batch holds `labels` [batch], the target's place among the candidates (-1 = a miss), and
-    `num_candidates` [batch]. All are int64.
+    `num_candidates` [batch]. All others are int64.
 
     Raises:
         ValueError: the tokenizer has no pad token.
@@ -121,4 +135,6 @@ class ULMRecCollator:
         outside = torch.arange(keep) < keep - lengths[:, None]
         batch["labels"] = input_ids[:, -keep:].masked_fill(outside, IGNORED)
         batch["logits_to_keep"] = keep
+        if "weight" in rows[0]:
+            batch["weights"] = torch.tensor([row["weight"] for row in rows])
         return batch
