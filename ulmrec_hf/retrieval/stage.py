@@ -89,5 +89,5 @@ def _write_candidates(
     with pq.ParquetWriter(path, CANDIDATES, compression="zstd") as writer:
         for table in candidate_tables(retrievers, data.sequences, args.num_candidates, args.train_positions):
             writer.write_table(table)
-    rows = pq.read_table(path, columns=["user", "split", "target_rank"])
+    rows = pq.read_table(path, columns=["user", "split", "target_first", "target_tied"])
     return rows.filter(pc.not_equal(rows["split"], "train"))
