@@ -12,9 +12,9 @@ from ulmrec_hf.metrics import (
     bootstrap_interval,
     paired_bootstrap,
     per_user_metrics,
+    places_from_scores,
     random_order_metrics,
     ranking_metrics,
-    ranks_from_scores,
 )
 
 NAMES = {"recall@5", "ndcg@5", "mrr@5", "recall@10", "ndcg@10", "mrr@10"}
@@ -24,27 +24,27 @@ def test_ranks_without_ties_are_the_places_in_descending_order():
     scores = np.random.default_rng(0).permuted(np.tile(np.arange(20, dtype=np.float32), (50, 1)), axis=1)
     labels = np.arange(50) % 20
     places = (-scores).argsort(1).argsort(1) + 1
-    ranks = ranks_from_scores(scores, labels)
+    ranks = places_from_scores(scores, labels)
     assert ranks.dtype == np.float64
     np.testing.assert_array_equal(ranks, places[np.arange(50), labels])
 
 
 def test_ties_share_the_mean_of_their_places():
     scores = np.array([[1, 1, 0], [1, 1, 1], [2, 1, 1], [0, 0, 3]], dtype=np.float32)
-    np.testing.assert_array_equal(ranks_from_scores(scores, [0, 2, 1, 1]), [1.5, 2, 2.5, 2.5])
+    np.testing.assert_array_equal(places_from_scores(scores, [0, 2, 1, 1]), [1.5, 2, 2.5, 2.5])
 
 
 def test_a_miss_ranks_at_infinity_and_counts_zero():
-    ranks = ranks_from_scores(np.array([[1.0, 2.0]], dtype=np.float32), [-1])
+    ranks = places_from_scores(np.array([[1.0, 2.0]], dtype=np.float32), [-1])
     assert ranks[0] == math.inf
     assert set(ranking_metrics(ranks).values()) == {0.0}
 
 
 def test_padding_neither_beats_nor_ties():
     scores = np.array([[-1, -np.inf, -np.inf, -2]], dtype=np.float32)
-    np.testing.assert_array_equal(ranks_from_scores(scores, [3]), [2])
+    np.testing.assert_array_equal(places_from_scores(scores, [3]), [2])
     masked = np.array([[3, 1, 1, np.nan]], dtype=np.float32)
-    np.testing.assert_array_equal(ranks_from_scores(masked, [1], valid=[[False, True, False, False]]), [1])
+    np.testing.assert_array_equal(places_from_scores(masked, [1], valid=[[False, True, False, False]]), [1])
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_padding_neither_beats_nor_ties():
 )
 def test_bad_scores_are_named(scores, labels, valid, message):
     with pytest.raises(ValueError, match=message):
-        ranks_from_scores(np.array(scores, dtype=np.float32), labels, valid)
+        places_from_scores(np.array(scores, dtype=np.float32), labels, valid)
 
 
 def test_per_user_metrics_at_whole_and_fractional_ranks():
@@ -89,7 +89,7 @@ def test_metrics_agree_with_scikit_learn():
     scores = generator.normal(size=(200, 20)).astype(np.float32)
     labels = generator.integers(20, size=200)
     expected = ndcg_score(np.eye(20)[labels], scores, k=10)
-    assert ranking_metrics(ranks_from_scores(scores, labels))["ndcg@10"] == pytest.approx(expected)
+    assert ranking_metrics(places_from_scores(scores, labels))["ndcg@10"] == pytest.approx(expected)
 
 
 def test_no_users_have_no_metrics():
@@ -183,7 +183,7 @@ def test_ranking_metrics_in_evaluate():
     scores = generator.normal(size=(64, 20)).astype(np.float32)
     scores[:, 15:] = -np.inf
     labels = generator.integers(-1, 15, size=64)
-    expected = ranking_metrics(ranks_from_scores(scores, labels))
+    expected = ranking_metrics(places_from_scores(scores, labels))
     assert RankingMetrics().compute(predictions=scores, references=labels) == pytest.approx(expected)
 
     metric = RankingMetrics()

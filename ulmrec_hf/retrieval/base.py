@@ -160,9 +160,7 @@ class Retriever(ABC):
         tables = candidate_tables({split: [self] for split in SPLITS}, data.sequences, k, train_positions)
         return pa.concat_tables([CANDIDATES.empty_table(), *tables])
 
-    def ranks(
-        self, data: LeaveOneOut, splits: Sequence[str] = EVALUATED, *, system: str | None = None
-    ) -> pa.Table:
+    def ranks(self, data: LeaveOneOut, splits: Sequence[str] = EVALUATED, *, system: str | None = None) -> pa.Table:
         """The rank of every target in the catalogue without its history, with the schema `tables.RANKS`.
 
         Args:
