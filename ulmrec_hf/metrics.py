@@ -128,6 +128,19 @@ def top_k_places(first: ArrayLike, tied: ArrayLike, k: float = math.inf) -> Plac
     return Places(first, first + np.asarray(tied) - 1, k)
 
 
+def candidate_places(rank: ArrayLike, first: ArrayLike, tied: ArrayLike, k: int) -> Places:
+    """The places among k candidates, which are given: a target outside is a miss, and a tie holds candidates alone.
+
+    Args:
+        rank: int [users], the place in the catalogue that decides which of the tied are candidates; 0 = none.
+        first, tied: see `top_k_places`.
+        k: how many candidates there are.
+    """
+    rank, first, last = np.asarray(rank), np.asarray(first), np.minimum(np.asarray(first) + np.asarray(tied) - 1, k)
+    inside = (rank >= 1) & (rank <= k)
+    return Places(np.where(inside, first, np.inf), np.where(inside, last, np.inf))
+
+
 def per_user_metrics(ranks: ArrayLike | Places, ks: Sequence[int] = KS) -> dict[str, np.ndarray]:
     """`<name>@<k>` of each of `METRICS` for each user, float64 [users]; of a tie, the mean over its places.
 

@@ -23,8 +23,8 @@ _EXPLANATION = (
     "users* counts everyone, and 0 for a user whose target is not among the candidates: what users get in the end."
 )
 _CORE = (
-    "*Core* targets occur in train at least {k} times, as the data's {k}-core promises of every item: the filter counts "
-    "the interactions that leave-one-out then holds out, so that the other targets are left with fewer."
+    "*Core* targets occur in train at least {k} times, as the data's {k}-core promises of every item: that filter also "
+    "counts the interactions that leave-one-out then holds out, so that the other targets are left with fewer."
 )
 
 
@@ -242,11 +242,11 @@ class Report:
             systems.setdefault(row["system"], [f"`{row['system']}`"]).append(_cell(row, name, "–", best[row["scope"]]))
         head = ["Targets", *(f"{titles[scope]} ({count:,})" for scope, count in users.items())]
         words = (
-            f"{_title(name)} over the users, so many in parentheses, whose target occurs so often in the train parts."
+            f"{_title(name)} over all users by how often their target occurs in the train parts; in the head, how many."
         )
         if "core" in users:
             words += " " + _CORE.format(k=k)
-        return ["### By how often the target occurs in train", words, markdown_table([head, *systems.values()])]
+        return ["### By the target's count in train", words, markdown_table([head, *systems.values()])]
 
     def _metric_table(self, rows: Sequence[Mapping[str, Any]], scope: str) -> str:
         best = {name: max((row[name] for row in rows if row[name] is not None), default=None) for name in self.names}

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from numpy.typing import ArrayLike
 
 from .files import read_json
-from .metrics import KS, Places, pad_scores, places_from_scores, random_order_metrics, top_k_places
+from .metrics import KS, Places, candidate_places, pad_scores, places_from_scores, random_order_metrics, top_k_places
 from .protocol import EVALUATED, MISS
 from .report import Report, TrainCounts, plot_code_use, plot_training
 from .retrieval.arguments import RetrieverArguments
@@ -166,11 +166,8 @@ def _targets(stage: Path) -> dict[str, pa.Table]:
 
 
 def _candidate_places(targets: pa.Table, k: int) -> Places:
-    """The retriever's order of its k candidates: their set is given, so that a tie holds those of them alone."""
-    rank, first, tied = (targets[f"target_{name}"].to_numpy() for name in ("rank", "first", "tied"))
-    inside = (rank >= 1) & (rank <= k)
-    last = np.minimum(first + tied - 1, k)
-    return Places(np.where(inside, first, np.inf), np.where(inside, last, np.inf))
+    """The places of these targets in the retriever's order of its k candidates."""
+    return candidate_places(*(targets[f"target_{name}"] for name in ("rank", "first", "tied")), k)
 
 
 def _train_counts(data: LeaveOneOut, targets: Mapping[str, pa.Table]) -> TrainCounts:

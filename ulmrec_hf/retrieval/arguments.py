@@ -17,15 +17,9 @@ RETRIEVERS = Registry(
     sasrec=f"{__package__}.sasrec:SASRec",
     hybrid=f"{__package__}.hybrid:Hybrid",
 )
-STAGE_SETTINGS = {
-    "retriever",
-    "num_candidates",
-    "train_positions",
-    "refit",
-    "cross_fit",
-    "id_only",
-}  # which no retriever reads
-_NEVER_START_FROM_TITLES = ("popularity", "item_knn", "text", "hybrid")  # a hybrid's components do, not itself
+# which no retriever reads
+STAGE_SETTINGS = {"retriever", "num_candidates", "train_positions", "refit", "cross_fit", "id_only"}
+_NOT_FROM_TITLES = {"popularity", "item_knn", "text", "hybrid"}  # start_from_titles is not for them
 SCHEDULES = ("constant", "linear", "cosine")
 
 
@@ -119,11 +113,10 @@ class RetrieverArguments:
             raise ValueError(f"hybrid_components is {self.hybrid_components}; it must name some retrievers, each once.")
         if self.cross_fit == 1:
             raise ValueError("cross_fit must be 0 or at least 2: one fold would leave no users to fit on.")
-        if self.id_only and (not self.start_from_titles or self.retriever in _NEVER_START_FROM_TITLES):
+        if self.id_only and (not self.start_from_titles or self.retriever in _NOT_FROM_TITLES):
             raise ValueError(
-                f"id_only compares with the same retriever without titles, but {self.retriever} "
-                + ("does not start from them: " if self.retriever in _NEVER_START_FROM_TITLES else "reads none here: ")
-                + "set id_only to false, or choose one neural retriever and start_from_titles."
+                "id_only fits a retriever without titles too: it needs one neural retriever with start_from_titles "
+                f"true; got {self.retriever} with start_from_titles {str(self.start_from_titles).lower()}."
             )
         lowest = {"train_positions": 0, "patience": 0, "seed": 0, "cross_fit": 0}
         for item in fields(self):

@@ -27,9 +27,10 @@ def train_retriever(
     """Runs the stage `output_dir/retriever` and returns its folder.
 
     The folder holds the retriever (config.json, model.safetensors), `candidates.parquet` (see `Retriever.candidates`),
-    `ranks.parquet` (see `Retriever.ranks`) of the retriever, its components, the baselines popularity and item_knn and
-    with `id_only` the retriever without titles, and `training.json` with the `training_history`. See `Retriever.fit` for what is read; test targets are only ranked.
-    With `refit`, item statistics for the test rows, and those that are saved, come from train and validation items.
+    `ranks.parquet` (see `Retriever.ranks`) of the retriever, its components, the baselines popularity and item_knn and,
+    with `id_only`, the retriever without titles, and `training.json` with the `training_history`. See `Retriever.fit`
+    for what is read; test targets are only ranked. With `refit`, item statistics for the test rows, and those that are
+    saved, come from train and validation items.
 
     Raises:
         ValueError: the folder was made with other settings, or there is too little data to fit on.
@@ -83,7 +84,9 @@ def _build(args: RetrieverArguments, data: LeaveOneOut, folder: Path) -> None:
     if args.id_only:
         ids = RETRIEVERS[args.retriever].fit(data, replace(args, start_from_titles=False, id_only=False))
         name = f"{retriever.name}_ids"
-        ranks += [part.ranks(data, [split], system=name) for split, part in zip(EVALUATED, (ids, for_test(ids)))]
+        ranks += [
+            part.ranks(data, [split], system=name) for split, part in zip(EVALUATED, (ids, for_test(ids)), strict=True)
+        ]
     write_table(folder / "ranks.parquet", pa.concat_tables([*ranks, rank_table(own, retriever.name)]))
 
 
