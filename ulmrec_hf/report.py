@@ -241,9 +241,7 @@ class Report:
         for row in chosen:
             systems.setdefault(row["system"], [f"`{row['system']}`"]).append(_cell(row, name, "–", best[row["scope"]]))
         head = ["Targets", *(f"{titles[scope]} ({count:,})" for scope, count in users.items())]
-        words = (
-            f"{_title(name)} over all users by how often their target occurs in the train parts; in the head, how many."
-        )
+        words = f"{_title(name)} over all users, grouped by how often their target occurs in the train parts."
         if "core" in users:
             words += " " + _CORE.format(k=k)
         return ["### By the target's count in train", words, markdown_table([head, *systems.values()])]
