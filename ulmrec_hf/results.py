@@ -52,8 +52,8 @@ def write_run_report(folder: Path, models: Sequence[Path], *, tasks: TaskArgumen
             scores = pad_scores(_of(predictions, split=split, system=system)["scores"].to_pylist())
             entries.append((system, split, places_from_scores(scores, labels[split]), tasks.evaluation_order))
     found = {split: labels[split] != MISS for split in EVALUATED}
-    counts = _train_counts(LeaveOneOut.load(folder / "data"), candidates)
-    report = assemble_report(found, k, entries, train_counts=counts, notes=notes)
+    train_counts = _train_counts(LeaveOneOut.load(folder / "data"), candidates)
+    report = assemble_report(found, k, entries, train_counts=train_counts, notes=notes)
 
     def plot(partial: Path) -> None:
         runs = [read_json(model / "training.json") for model in models]

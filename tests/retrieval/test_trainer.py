@@ -16,7 +16,7 @@ from ulmrec_hf.retrieval.base import load_retriever
 from ulmrec_hf.retrieval.item_knn import ItemKNN
 from ulmrec_hf.retrieval.lrurec import LRURec
 from ulmrec_hf.retrieval.rows import EqualBatches, TrainingRows, collate
-from ulmrec_hf.retrieval.stage import cross_fit, train_retriever
+from ulmrec_hf.retrieval.stage import cross_fit, protocol_notes, train_retriever
 from ulmrec_hf.tables import LeaveOneOut, Sequences
 
 FAST = {
@@ -125,6 +125,8 @@ def test_id_only_ranks_the_retriever_that_reads_no_title(tmp_path):
         alone = LRURec.fit(data, epochs=1, start_from_titles=titled, **FAST)
         assert alone.ranks(data, system=name).equals(ranks.filter(pc.equal(ranks["system"], name)).combine_chunks())
     assert load_retriever(stage).name == "lrurec"
+    notes = protocol_notes(RetrieverArguments(id_only=True, **settings))
+    assert "lrurec_ids: the same retriever, fitted without titles (id_only)." in notes
 
 
 def test_hybrid_stage_ranks_what_it_combines(tmp_path):

@@ -60,6 +60,7 @@ def protocol_notes(args: RetrieverArguments) -> list[str]:
         f"Candidates of a training position come from the history before it, and from a retriever {fitted}",
         "Item statistics (popularity, item_knn) of the test rows: counted in the train "
         + ("and validation items (refit)." if args.refit else "items."),
+        *([f"{args.retriever}_ids: the same retriever, fitted without titles (id_only)."] if args.id_only else []),
     ]
 
 
