@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, set_seed
 
-from ulmrec_hf.metrics import ranking_metrics
+from ulmrec_hf.metrics import ranking_metrics, top_k_places
 from ulmrec_hf.retrieval.arguments import RetrieverArguments
 from ulmrec_hf.retrieval.lrurec import LinearRecurrentUnit, LRURec, LRURecConfig
 from ulmrec_hf.retrieval.neural import RetrieverOutput
@@ -116,8 +116,8 @@ class Evaluation(TrainerCallback):
     def on_epoch_end(self, args, state, control, model, **kwargs) -> None:
         evaluated = LRURec(model.config)
         evaluated.load_state_dict(model.state_dict())
-        ranks = evaluated.ranks(self.data, ["validation"])["rank"].to_numpy().astype(np.float64)
-        self.values.append(ranking_metrics(np.where(ranks > 0, ranks, np.inf))["ndcg@10"])
+        ranks = evaluated.ranks(self.data, ["validation"])
+        self.values.append(ranking_metrics(top_k_places(ranks["rank"], ranks["tied"]))["ndcg@10"])
         print(f"epoch {len(self.values)}: validation N@10 {self.values[-1]:.4f}", flush=True)
 
 

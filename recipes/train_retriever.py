@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
     output_dir = Path(stage_args.output_dir)
     data = LeaveOneOut.load(prepare_data(data_args, output_dir, overwrite=stage_args.overwrite))
     stage = train_retriever(args, data, output_dir, overwrite=stage_args.overwrite)
-    print("\n" + write_retriever_report(stage, output_dir / "report", args))
+    print("\n" + write_retriever_report(stage, output_dir / "report", args, data))
     print(f"\nWritten: {stage} and {output_dir / 'report'}")
 
 

@@ -1,3 +1,4 @@
+import itertools
 import math
 import subprocess
 import sys
@@ -9,12 +10,15 @@ from ulmrec_hf import metrics
 from ulmrec_hf.metrics import (
     METRICS,
     Metric,
+    Places,
     bootstrap_interval,
+    candidate_places,
     paired_bootstrap,
     per_user_metrics,
+    places_from_scores,
     random_order_metrics,
     ranking_metrics,
-    ranks_from_scores,
+    top_k_places,
 )
 
 NAMES = {"recall@5", "ndcg@5", "mrr@5", "recall@10", "ndcg@10", "mrr@10"}
@@ -24,27 +28,83 @@ def test_ranks_without_ties_are_the_places_in_descending_order():
     scores = np.random.default_rng(0).permuted(np.tile(np.arange(20, dtype=np.float32), (50, 1)), axis=1)
     labels = np.arange(50) % 20
     places = (-scores).argsort(1).argsort(1) + 1
-    ranks = ranks_from_scores(scores, labels)
-    assert ranks.dtype == np.float64
-    np.testing.assert_array_equal(ranks, places[np.arange(50), labels])
+    first, last, _ = places_from_scores(scores, labels)
+    assert first.dtype == last.dtype == np.float64
+    np.testing.assert_array_equal(first, places[np.arange(50), labels])
+    np.testing.assert_array_equal(last, first)
 
 
-def test_ties_share_the_mean_of_their_places():
+def test_a_target_stands_at_any_place_of_its_tie():
     scores = np.array([[1, 1, 0], [1, 1, 1], [2, 1, 1], [0, 0, 3]], dtype=np.float32)
-    np.testing.assert_array_equal(ranks_from_scores(scores, [0, 2, 1, 1]), [1.5, 2, 2.5, 2.5])
+    first, last, _ = places_from_scores(scores, [0, 2, 1, 1])
+    assert (first.tolist(), last.tolist()) == ([1, 1, 2, 2], [2, 3, 3, 3])
+
+
+@pytest.fixture
+def rbp(monkeypatch):
+    """A metric of a user's own, which does not vanish past k."""
+    monkeypatch.setattr(METRICS, "_entries", dict(METRICS._entries))  # forgets what is registered here
+    METRICS.register("rbp")(Metric("rbp", "RBP", lambda ranks, k: 1 / (k + ranks)))
+
+
+def all_orders(scores, label, shown=math.inf):
+    """The mean of every metric over all orders of the items in which scores descend; past `shown` is a miss."""
+    ranks = []
+    for order in itertools.permutations(range(len(scores))):
+        if all(scores[a] >= scores[b] for a, b in itertools.pairwise(order)):
+            rank = order.index(label) + 1
+            ranks.append(rank if rank <= shown else math.inf)
+    return {name: values.mean() for name, values in per_user_metrics(ranks, ks=(2, 5)).items()}
+
+
+@pytest.mark.parametrize("scores", [[3, 2, 2, 2, 1, 1, 0], [0] * 7, [5, 4, 4, 3, 3, 3, 3], [1, 1, 0, 0, 0, 0, 0]])
+def test_metrics_of_ties_are_the_mean_over_all_their_orders(rbp, scores):
+    for label in range(len(scores)):
+        values = per_user_metrics(places_from_scores([scores], [label]), ks=(2, 5))
+        for name, expected in all_orders(scores, label).items():
+            assert values[name][0] == pytest.approx(expected, abs=1e-12), (name, label)
+
+
+@pytest.mark.parametrize("k", [1, 3, 4, 7])
+def test_ties_across_the_end_of_a_list(rbp, k):
+    """A catalogue's top k counts the places inside; candidates that are given tie among themselves."""
+    scores, rank = [5, 4, 4, 3, 3, 3, 3], [1, 2, 3, 4, 5, 6, 7]  # of tied items the first is the lower id
+    first, tied = [1, 2, 2, 4, 4, 4, 4], [1, 2, 2, 4, 4, 4, 4]
+    own = per_user_metrics(top_k_places(first, tied, k), ks=(2, 5))
+    given = per_user_metrics(candidate_places(rank, first, tied, k), ks=(2, 5))
+    for label in range(7):
+        for name, expected in all_orders(scores, label, shown=k).items():
+            assert own[name][label] == pytest.approx(expected, abs=1e-12), (name, label)
+        among = all_orders(scores[:k], label) if label < k else dict.fromkeys(own, 0)
+        for name, expected in among.items():
+            assert given[name][label] == pytest.approx(expected, abs=1e-12), (name, label)
+    assert (top_k_places([0], [0]).first, candidate_places([0], [0], [0], 5).first) == (math.inf, math.inf)
+
+
+def test_a_constant_scorer_equals_random(rbp):
+    counts, labels = np.array([20, 20, 7, 1, 20, 3]), np.array([0, 19, 3, 0, -1, 2])
+    scores = np.where(np.arange(20) < counts[:, None], np.float32(0.25), -np.inf)
+    expected = random_order_metrics(counts, labels)
+    constant = per_user_metrics(places_from_scores(scores, labels))
+    assert set(constant) == NAMES | {"rbp@5", "rbp@10"}
+    for name, values in constant.items():
+        np.testing.assert_allclose(values, expected[name], atol=1e-12, rtol=0)
+    assert constant["recall@10"].tolist() == [0.5, 0.5, 1, 1, 0, 1]
+    measured = metrics.RankingMetrics().compute(predictions=scores, references=labels)
+    assert measured == pytest.approx({name: values.mean() for name, values in expected.items()}, abs=1e-12)
 
 
 def test_a_miss_ranks_at_infinity_and_counts_zero():
-    ranks = ranks_from_scores(np.array([[1.0, 2.0]], dtype=np.float32), [-1])
-    assert ranks[0] == math.inf
+    ranks = places_from_scores(np.array([[1.0, 2.0]], dtype=np.float32), [-1])
+    assert ranks.first[0] == ranks.last[0] == math.inf
     assert set(ranking_metrics(ranks).values()) == {0.0}
 
 
 def test_padding_neither_beats_nor_ties():
     scores = np.array([[-1, -np.inf, -np.inf, -2]], dtype=np.float32)
-    np.testing.assert_array_equal(ranks_from_scores(scores, [3]), [2])
+    assert places_from_scores(scores, [3])[:2] == ([2], [2])
     masked = np.array([[3, 1, 1, np.nan]], dtype=np.float32)
-    np.testing.assert_array_equal(ranks_from_scores(masked, [1], valid=[[False, True, False, False]]), [1])
+    assert places_from_scores(masked, [1], valid=[[False, True, False, False]])[:2] == ([1], [1])
 
 
 @pytest.mark.parametrize(
@@ -62,22 +122,21 @@ def test_padding_neither_beats_nor_ties():
 )
 def test_bad_scores_are_named(scores, labels, valid, message):
     with pytest.raises(ValueError, match=message):
-        ranks_from_scores(np.array(scores, dtype=np.float32), labels, valid)
+        places_from_scores(np.array(scores, dtype=np.float32), labels, valid)
 
 
-def test_per_user_metrics_at_whole_and_fractional_ranks():
-    values = per_user_metrics([1, 3, 5.5, 6, 10, 11, math.inf])
+def test_per_user_metrics():
+    values = per_user_metrics([1, 3, 5, 6, 10, 11, math.inf])
     assert set(values) == NAMES
-    np.testing.assert_array_equal(values["recall@5"], [1, 1, 0, 0, 0, 0, 0])
+    np.testing.assert_array_equal(values["recall@5"], [1, 1, 1, 0, 0, 0, 0])
     np.testing.assert_array_equal(values["recall@10"], [1, 1, 1, 1, 1, 0, 0])
-    np.testing.assert_allclose(
-        values["ndcg@10"], [1, 0.5, 1 / math.log2(6.5), 1 / math.log2(7), 1 / math.log2(11), 0, 0]
-    )
-    np.testing.assert_allclose(values["mrr@5"], [1, 1 / 3, 0, 0, 0, 0, 0])
+    np.testing.assert_allclose(values["ndcg@10"], [1, 0.5, 1 / math.log2(6), 1 / math.log2(7), 1 / math.log2(11), 0, 0])
+    np.testing.assert_allclose(values["mrr@5"], [1, 1 / 3, 1 / 5, 0, 0, 0, 0])
 
 
 def test_ranks_below_one_or_nan_are_refused():
-    for ranks in ([0], [math.nan]):
+    bad = [Places(np.array([first]), np.array([last])) for first, last in ((2.0, 1.0), (1.0, math.inf), (0.0, 2.0))]
+    for ranks in ([0], [math.nan], *bad):
         with pytest.raises(ValueError, match="1-based"):
             per_user_metrics(ranks)
 
@@ -89,7 +148,7 @@ def test_metrics_agree_with_scikit_learn():
     scores = generator.normal(size=(200, 20)).astype(np.float32)
     labels = generator.integers(20, size=200)
     expected = ndcg_score(np.eye(20)[labels], scores, k=10)
-    assert ranking_metrics(ranks_from_scores(scores, labels))["ndcg@10"] == pytest.approx(expected)
+    assert ranking_metrics(places_from_scores(scores, labels))["ndcg@10"] == pytest.approx(expected)
 
 
 def test_no_users_have_no_metrics():
@@ -183,7 +242,7 @@ def test_ranking_metrics_in_evaluate():
     scores = generator.normal(size=(64, 20)).astype(np.float32)
     scores[:, 15:] = -np.inf
     labels = generator.integers(-1, 15, size=64)
-    expected = ranking_metrics(ranks_from_scores(scores, labels))
+    expected = ranking_metrics(places_from_scores(scores, labels))
     assert RankingMetrics().compute(predictions=scores, references=labels) == pytest.approx(expected)
 
     metric = RankingMetrics()

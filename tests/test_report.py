@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ulmrec_hf.metrics import METRICS, Metric, random_order_metrics, ranking_metrics
-from ulmrec_hf.report import Report, plot_code_use, plot_metrics, plot_training
+from ulmrec_hf.report import Report, TrainCounts, plot_code_use, plot_metrics, plot_training
 
 USERS = 300
 NAMES = ["recall@5", "recall@10", "ndcg@5", "ndcg@10", "mrr@5", "mrr@10"]
@@ -51,6 +51,25 @@ def test_rows_are_flat_and_hold_both_scopes(report, mask):
         assert ranked[name] == pytest.approx(value, abs=1e-6)
         assert overall[name] == pytest.approx(value * mask.mean(), abs=1e-6)
         assert ranked[f"{name}_low"] < ranked[name] < ranked[f"{name}_high"]
+
+
+def test_groups_by_train_count_split_all_users(mask, tmp_path):
+    counts = np.random.default_rng(5).integers(0, 12, USERS)  # nobody above 15
+    report = Report({"test": mask}, 20, samples=50, train_counts=TrainCounts({"test": counts}, k_core=5))
+    values = ranks(mask, 3, 1)
+    report.add("retriever", "test", values, order="retriever")
+    report.add("ulmrec", "test", ranks(mask, 15, 2), order="retriever")
+    rows = report.write(tmp_path, [("ulmrec", "retriever")])
+    assert [row["scope"] for row in rows] == ["rank", "overall", "core", "train<5", "train5-15"] * 2
+    for scope, users in (("core", counts >= 5), ("train<5", counts < 5), ("train5-15", counts >= 5)):
+        row = next(row for row in rows if row["scope"] == scope)
+        assert row["users"] == users.sum() and row["system"] == "retriever"
+        assert row["ndcg@10"] == pytest.approx(ranking_metrics(values[users])["ndcg@10"], abs=1e-6)
+    text, core = (tmp_path / "report.md").read_text(), (counts >= 5).sum()
+    assert text.count("### By the target's count in train\n\nNDCG@10 over all users") == 1
+    assert f"| Targets | all (300) | core: ≥ 5 ({core}) | < 5 ({USERS - core}) | 5–15 ({core}) |" in text
+    assert "as the data's 5-core promises" in text
+    assert report.summary(rows).count("ulmrec") == 1
 
 
 def test_random_order_is_exact_in_the_rank_scope(report):

@@ -1,13 +1,15 @@
 """Ranks and what is counted from them: the metrics, their intervals, and `RankingMetrics` for `evaluate`.
 
 Every user has one relevant item, so with r its 1-based rank: Recall@k = [r <= k], NDCG@k = [r <= k] / log2(1 + r),
-MRR@k = [r <= k] / r. A user whose target is not among the candidates has rank infinity and counts 0 everywhere.
+MRR@k = [r <= k] / r. A user whose target is not among the candidates has rank infinity and counts 0 everywhere. Where
+scores tie, every metric is its expectation over the orders of the tied (McSherry and Najork, ECIR 2008).
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -26,8 +28,8 @@ class Metric:
     Args:
         name: in the keys `<name>@<k>` of metrics.json; the name in `METRICS` too.
         title: in tables and plots, followed by `@<k>`.
-        of_rank: from 1-based ranks, float64 [users] (may be fractional after ties, inf = miss), and k to float64
-            [users]; a miss must count 0.
+        of_rank: from 1-based ranks, float64 [ranks] (inf = miss), and k to float64 [ranks], each from its rank alone;
+            a miss must count 0.
     """
 
     name: str
@@ -45,8 +47,21 @@ KS = (5, 10)
 _CELLS = 4_000_000  # how many resampled counts are held at once: 32 MB
 
 
-def ranks_from_scores(scores: ArrayLike, labels: ArrayLike, valid: ArrayLike | None = None) -> np.ndarray:
-    """The 1-based rank of each label's score among the scores of its row; ties share the mean of their places.
+class Places(NamedTuple):
+    """Where each user's target stands: at every place from the first to the last with equal probability.
+
+    Attributes:
+        first, last: 1-based, float64 [users], equal where nothing ties; inf for a miss.
+        limit: places past it are misses, for a list that ends there.
+    """
+
+    first: np.ndarray
+    last: np.ndarray
+    limit: float = math.inf
+
+
+def places_from_scores(scores: ArrayLike, labels: ArrayLike, valid: ArrayLike | None = None) -> Places:
+    """The places of each label's score among the scores of its row.
 
     Args:
         scores: float [users, candidates], higher is better. A score of -inf marks padding.
@@ -54,7 +69,7 @@ def ranks_from_scores(scores: ArrayLike, labels: ArrayLike, valid: ArrayLike | N
         valid: bool [users, candidates], False marks padding too.
 
     Returns:
-        float64 [users]; inf for a label of -1. The mean place of a tie may be fractional (two at the top: 1.5).
+        The places of the scores that equal the label's (two at the top: 1 to 2); a miss for a label of -1.
 
     Raises:
         ValueError: scores that are NaN, shapes that do not fit, or a label that is out of range or points at padding.
@@ -80,17 +95,16 @@ def ranks_from_scores(scores: ArrayLike, labels: ArrayLike, valid: ArrayLike | N
         row = int(bad.argmax())
         raise ValueError(f"label {labels[row]} of row {row} is not -1 or a column of the {scores.shape[1]} candidates.")
 
-    ranks = np.full(len(labels), np.inf)
+    first, last = np.full((2, len(labels)), np.inf)
     hit = np.flatnonzero(labels != MISS)
     columns = labels[hit].astype(np.int64)
     if not real[hit, columns].all():
         row = int(hit[(~real[hit, columns]).argmax()])
         raise ValueError(f"label {labels[row]} of row {row} points at padding: its score is -inf or not valid.")
     target = scores[hit, columns][:, None]
-    better = ((scores[hit] > target) & real[hit]).sum(1)
-    equal = ((scores[hit] == target) & real[hit]).sum(1)  # counts the target itself
-    ranks[hit] = better + (equal + 1) / 2
-    return ranks
+    first[hit] = ((scores[hit] > target) & real[hit]).sum(1) + 1
+    last[hit] = ((scores[hit] >= target) & real[hit]).sum(1)  # counts the target itself
+    return Places(first, last)
 
 
 def pad_scores(lists: Sequence[Sequence[float]]) -> np.ndarray:
@@ -101,25 +115,62 @@ def pad_scores(lists: Sequence[Sequence[float]]) -> np.ndarray:
     return scores
 
 
-def top_k_ranks(ranks: ArrayLike, k: int) -> np.ndarray:
-    """Ranks in the whole catalogue (0 = unreachable) as ranks in the top k, float64: past it is a miss, infinity."""
-    ranks = np.asarray(ranks, dtype=np.float64)
-    return np.where((ranks >= 1) & (ranks <= k), ranks, np.inf)
+def top_k_places(first: ArrayLike, tied: ArrayLike, k: float = math.inf) -> Places:
+    """The places in a list of the best k of a catalogue.
+
+    Args:
+        first: int [users], the first place in the catalogue that may be the target's; 0 = it cannot be retrieved.
+        tied: int [users], how many items have the target's score, itself counted.
+        k: where the list ends; of a tie across its end, the places past it are misses.
+    """
+    first = np.asarray(first, dtype=np.float64)
+    first = np.where(first >= 1, first, np.inf)
+    return Places(first, first + np.asarray(tied) - 1, k)
 
 
-def per_user_metrics(ranks: ArrayLike, ks: Sequence[int] = KS) -> dict[str, np.ndarray]:
-    """`<name>@<k>` of each of `METRICS` for each user, float64 [users], from 1-based ranks (inf = miss).
+def candidate_places(rank: ArrayLike, first: ArrayLike, tied: ArrayLike, k: int) -> Places:
+    """The places among k candidates, which are given: a target outside is a miss, and a tie holds candidates alone.
+
+    Args:
+        rank: int [users], the place in the catalogue that decides which of the tied are candidates; 0 = none.
+        first, tied: see `top_k_places`.
+        k: how many candidates there are.
+    """
+    rank, first, last = np.asarray(rank), np.asarray(first), np.minimum(np.asarray(first) + np.asarray(tied) - 1, k)
+    inside = (rank >= 1) & (rank <= k)
+    return Places(np.where(inside, first, np.inf), np.where(inside, last, np.inf))
+
+
+def per_user_metrics(ranks: ArrayLike | Places, ks: Sequence[int] = KS) -> dict[str, np.ndarray]:
+    """`<name>@<k>` of each of `METRICS` for each user, float64 [users]; of a tie, the mean over its places.
+
+    Args:
+        ranks: places, or 1-based ranks where nothing ties, float [users] (inf = miss).
+        ks: the cut-offs.
 
     Raises:
-        ValueError: a rank below 1 or NaN.
+        ValueError: a rank below 1 or NaN, or a last place before the first.
     """
-    ranks = np.asarray(ranks, dtype=np.float64)
-    if not (ranks >= 1).all():
+    if not isinstance(ranks, Places):
+        ranks = Places(*(np.asarray(ranks, dtype=np.float64),) * 2)
+    first, last, limit = ranks
+    if not ((first >= 1) & (last >= first) & (np.isfinite(last) == np.isfinite(first))).all():
         raise ValueError("ranks are 1-based: every rank must be at least 1, or inf for a miss.")
-    return {f"{metric.name}@{k}": metric.of_rank(ranks, k) for k in ks for metric in METRICS.values()}
+    tied = last > first
+    end = int(min(limit, last[tied].max(initial=0)))  # no tied place past it counts
+    before, until = (np.minimum(places, end).astype(np.int64) for places in (first[tied] - 1, last[tied]))
+
+    def values_of(metric: Metric, k: int) -> np.ndarray:
+        values = np.array(metric.of_rank(np.where(first <= limit, first, np.inf), k), dtype=np.float64)
+        if tied.any():
+            sums = np.concatenate([[0.0], np.cumsum(metric.of_rank(np.arange(1.0, end + 1), k))])
+            values[tied] = (sums[until] - sums[before]) / (last[tied] - first[tied] + 1)
+        return values
+
+    return {f"{metric.name}@{k}": values_of(metric, k) for k in ks for metric in METRICS.values()}
 
 
-def ranking_metrics(ranks: ArrayLike, ks: Sequence[int] = KS) -> dict[str, float]:
+def ranking_metrics(ranks: ArrayLike | Places, ks: Sequence[int] = KS) -> dict[str, float]:
     """The means over users of `per_user_metrics`; NaN where there are no users."""
     return {name: mean(values) for name, values in per_user_metrics(ranks, ks).items()}
 
@@ -136,10 +187,8 @@ def random_order_metrics(num_candidates: ArrayLike, labels: ArrayLike, ks: Seque
     if (labels >= counts).any():
         row = int((labels >= counts).argmax())
         raise ValueError(f"label {labels[row]} of row {row} is not a column of its {counts[row]} candidates.")
-    # Each place 1..c has probability 1/c: the expectation is the sum of a metric over the places, divided by c.
-    places = per_user_metrics(np.arange(1, counts.max(initial=0) + 1), ks)
-    chance = (labels != MISS) / np.maximum(counts, 1)
-    return {name: np.concatenate([[0.0], values.cumsum()])[counts] * chance for name, values in places.items()}
+    hit = labels != MISS
+    return per_user_metrics(Places(np.where(hit, 1, np.inf), np.where(hit, counts, np.inf)), ks)
 
 
 def bootstrap_interval(
@@ -240,7 +289,7 @@ def _load_ranking_metrics() -> type["evaluate.Metric"]:
 
         def _compute(self, predictions, references, ks: Sequence[int] = KS) -> dict[str, float]:
             labels = np.asarray(references, dtype=np.int64)
-            return ranking_metrics(ranks_from_scores(pad_scores(predictions), labels), ks)
+            return ranking_metrics(places_from_scores(pad_scores(predictions), labels), ks)
 
     RankingMetrics.__qualname__ = "RankingMetrics"
     return RankingMetrics

@@ -4,14 +4,14 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from .figures import BLUE, GREY, ORANGE, markdown_table, number, plain_axes, save_figure
 from .files import write_json, write_text
-from .metrics import KS, METRICS, bootstrap_interval, mean, paired_bootstrap, per_user_metrics
+from .metrics import KS, METRICS, Places, bootstrap_interval, mean, paired_bootstrap, per_user_metrics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,17 +22,42 @@ _EXPLANATION = (
     "*Hits only* counts the users whose target is among their candidates: how well the candidates are ordered. *All "
     "users* counts everyone, and 0 for a user whose target is not among the candidates: what users get in the end."
 )
+_CORE = (
+    "*Core* targets occur in train at least {k} times, as the data's {k}-core promises of every item: that filter also "
+    "counts the interactions that leave-one-out then holds out, so that the other targets are left with fewer."
+)
+
+
+class TrainCounts(NamedTuple):
+    """How often targets occur in the train parts.
+
+    Attributes:
+        of_target: for each split, int [users].
+        k_core: the k of the data's k-core filter; 0 = it was not filtered, and there are no core targets.
+    """
+
+    of_target: Mapping[str, np.ndarray]
+    k_core: int = 0
+
+    def groups(self, split: str) -> dict[str, np.ndarray]:
+        """The users of each group of targets that has any, bool [users], by its scope in metrics.json."""
+        counts = np.asarray(self.of_target[split])
+        groups = {"core": counts >= self.k_core} if self.k_core else {}
+        groups |= {"train<5": counts < 5, "train5-15": (counts >= 5) & (counts <= 15), "train>15": counts > 15}
+        return {name: users for name, users in groups.items() if users.any()}
 
 
 class Report:
     """Collects the results of systems over the same users, and writes them.
 
-    Both scopes are always reported: "rank" holds the users whose target is among the candidates ("hits only" in tables
-    and plots), "overall" all users. The metrics are those of `ulmrec_hf.metrics.METRICS` when the report is made.
+    Two scopes are always reported: "rank" holds the users whose target is among the candidates ("hits only" in tables
+    and plots), "overall" all users. With `train_counts`, the latter are also split into the groups of `TrainCounts`.
+    The metrics are those of `ulmrec_hf.metrics.METRICS` when the report is made.
 
     Args:
         in_candidates: for each split, bool [users]: whether the candidates hold the user's target.
         num_candidates: how many candidates a user has.
+        train_counts: how often the targets occur in the train parts, where known.
         notes: sentences about the protocol (evidence, order, seeds...), shown in report.md.
         ks: the cut-offs of the metrics.
         seed, samples, level: of the bootstrap; see `ulmrec_hf.metrics.bootstrap_interval`.
@@ -43,6 +68,7 @@ class Report:
         in_candidates: Mapping[str, ArrayLike],
         num_candidates: int,
         *,
+        train_counts: TrainCounts | None = None,
         notes: Sequence[str] = (),
         ks: Sequence[int] = KS,
         seed: int = 0,
@@ -51,6 +77,7 @@ class Report:
     ):
         self.in_candidates = {split: np.asarray(mask, dtype=bool) for split, mask in in_candidates.items()}
         self.num_candidates = num_candidates
+        self.train_counts = train_counts
         self.notes = list(notes)
         self.names = [f"{metric.name}@{k}" for metric in METRICS.values() for k in ks]
         self._ks = tuple(ks)
@@ -60,14 +87,14 @@ class Report:
         self._values: dict[tuple[str, str], np.ndarray] = {}  # float64 [users, metrics]
         self._orders: dict[tuple[str, str], str] = {}
 
-    def add(self, system: str, split: str, ranks: ArrayLike | Mapping[str, ArrayLike], *, order: str) -> None:
+    def add(self, system: str, split: str, ranks: ArrayLike | Places | Mapping[str, ArrayLike], *, order: str) -> None:
         """Adds one system's results on one split.
 
         Args:
             system: its name, such as "ulmrec".
             split: a split of `in_candidates`.
-            ranks: float [users], 1-based, inf for a miss, in the same order of users for every system; or the metrics
-                themselves, as `random_order_metrics` returns them.
+            ranks: places, or where nothing ties ranks, float [users], 1-based, inf for a miss; or the metrics
+                themselves, as `random_order_metrics` returns them. The users are in the same order for every system.
             order: in which order the system saw the candidates, such as "retriever" or "shuffled".
 
         Raises:
@@ -98,11 +125,11 @@ class Report:
         return mean(self.in_candidates[split])
 
     def rows(self) -> list[dict[str, Any]]:
-        """The rows of metrics.json, one for each system, split and scope; null where a scope has no users."""
+        """The rows of metrics.json, one for each system, split and scope; null where "rank" or "overall" is empty."""
         rows = []
         for (system, split), values in self._values.items():
-            for scope in SCOPES:
-                chosen = values[self._users(split, scope)]
+            for scope, users in self._scopes(split).items():
+                chosen = values[users]
                 means = dict(zip(self.names, mean(chosen), strict=True))
                 intervals = zip(self.names, *bootstrap_interval(chosen, **self._bootstrap), strict=True)
                 row = {"system": system, "split": split, "scope": scope, "order": self._orders[system, split]}
@@ -126,8 +153,9 @@ class Report:
                     f"cannot compare {a!r} with {b!r}: no split holds both. The report has {sorted(self.systems)}."
                 )
             for split in splits:
+                scopes = self._scopes(split)
                 for scope in SCOPES:
-                    users = self._users(split, scope)
+                    users = scopes[scope]
                     ours, theirs = (self._values[system, split][users] for system in (a, b))
                     results = paired_bootstrap(ours, theirs, **self._bootstrap)
                     for name, difference, low, high in zip(self.names, *results, strict=True):
@@ -160,6 +188,8 @@ class Report:
                 chosen = [row for row in rows if row["split"] == split and row["scope"] == scope]
                 parts.append(f"### {_SCOPE_WORDS[scope].capitalize()}: {chosen[0]['users']:,}")
                 parts.append(self._metric_table(chosen, scope))
+            if self.train_counts:
+                parts += self._count_parts([row for row in rows if row["split"] == split])
             parts.append(f"In parentheses: {self._percent} bootstrap interval over users. Bold: the best of a column.")
             chosen = [row for row in comparisons if row["split"] == split]
             if chosen:
@@ -194,9 +224,27 @@ class Report:
         ]
         return "\n".join([lines[0], "-" * (sum(widths) + 2 * len(widths) - 2), *lines[1:], "", *words])
 
-    def _users(self, split: str, scope: str) -> np.ndarray:
+    def _scopes(self, split: str) -> dict[str, np.ndarray]:
+        """The users of each scope, bool [users]: those of `SCOPES`, then the groups by train count."""
         mask = self.in_candidates[split]
-        return mask if scope == "rank" else np.ones_like(mask)
+        groups = self.train_counts.groups(split) if self.train_counts else {}
+        return {"rank": mask, "overall": np.ones_like(mask), **groups}
+
+    def _count_parts(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+        """The table of one metric by how often the target occurs in train, of the rows of one split."""
+        name, k = f"ndcg@{self._shown}", self.train_counts.k_core
+        chosen = [row for row in rows if row["scope"] != "rank"]
+        users = {row["scope"]: row["users"] for row in chosen}
+        titles = {"overall": "all", "core": f"core: ≥ {k}", "train<5": "< 5", "train5-15": "5–15", "train>15": "> 15"}
+        best = {scope: max(row[name] or 0 for row in chosen if row["scope"] == scope) for scope in users}
+        systems: dict[str, list[str]] = {}
+        for row in chosen:
+            systems.setdefault(row["system"], [f"`{row['system']}`"]).append(_cell(row, name, "–", best[row["scope"]]))
+        head = ["Targets", *(f"{titles[scope]} ({count:,})" for scope, count in users.items())]
+        words = f"{_title(name)} over all users, grouped by how often their target occurs in the train parts."
+        if "core" in users:
+            words += " " + _CORE.format(k=k)
+        return ["### By the target's count in train", words, markdown_table([head, *systems.values()])]
 
     def _metric_table(self, rows: Sequence[Mapping[str, Any]], scope: str) -> str:
         best = {name: max((row[name] for row in rows if row[name] is not None), default=None) for name in self.names}

@@ -36,9 +36,19 @@ CANDIDATES = pa.schema(
         ("scores", pa.list_(pa.float32())),
         ("target", pa.int32()),
         ("target_rank", pa.int32()),
+        ("target_first", pa.int32()),
+        ("target_tied", pa.int32()),
     ]
 )
-RANKS = pa.schema([("user", pa.int32()), ("split", pa.string()), ("system", pa.string()), ("rank", pa.int32())])
+RANKS = pa.schema(
+    [
+        ("user", pa.int32()),
+        ("split", pa.string()),
+        ("system", pa.string()),
+        ("rank", pa.int32()),
+        ("tied", pa.int32()),
+    ]
+)
 PREFERENCES = pa.schema(
     [
         ("user", pa.int32()),

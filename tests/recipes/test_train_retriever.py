@@ -38,7 +38,11 @@ def test_runs_end_to_end(recipe, tmp_path, capsys):
     assert {line.split()[0] for line in table} == {"popularity", "item_knn"}
     assert (tmp_path / "retriever" / "candidates.parquet").is_file()
     rows = json.loads((tmp_path / "report" / "metrics.json").read_text())
-    assert {(row["system"], row["split"], row["scope"]) for row in rows} == {
+    users = {(row["system"], row["split"], row["scope"]): row["users"] for row in rows}
+    groups = {key: count for key, count in users.items() if key[2].startswith("train")}
+    for system, split in {key[:2] for key in users}:
+        assert sum(groups[key] for key in groups if key[:2] == (system, split)) == users[system, split, "overall"]
+    assert users.keys() - groups.keys() == {  # no core targets without a k-core
         (system, split, scope)
         for system in ("popularity", "item_knn")
         for split in ("validation", "test")

@@ -31,7 +31,8 @@ def test_rows_agree_with_a_plain_computation(lrurec, data, sequences, monkeypatc
         order = [item for item in np.argsort(-scores, kind="stable").tolist() if item and item not in history]
         assert row["items"] == order[:5]
         np.testing.assert_allclose(row["scores"], scores[order[:5]], atol=1e-5)
-        assert row["target_rank"] == (order.index(row["target"]) + 1 if row["target"] in order else 0)
+        rank = order.index(row["target"]) + 1 if row["target"] in order else 0
+        assert (row["target_rank"], row["target_first"], row["target_tied"]) == (rank, rank, int(rank > 0))
 
 
 def test_columns_and_order(lrurec, data):
@@ -43,7 +44,7 @@ def test_columns_and_order(lrurec, data):
 
 def test_ranks_are_those_of_the_candidates(lrurec, data):
     rows = [row for row in lrurec.candidates(data).to_pylist() if row["split"] != "train"]
-    expected = [(row["user"], row["split"], "lrurec", row["target_rank"]) for row in rows]
+    expected = [(row["user"], row["split"], "lrurec", row["target_first"], row["target_tied"]) for row in rows]
     table = lrurec.ranks(data)
     assert table.schema == RANKS
     assert [tuple(row.values()) for row in table.to_pylist()] == expected
@@ -107,7 +108,7 @@ def test_small_catalogue_gives_shorter_lists_and_a_seen_target_is_unreachable():
     data = make_data([[1, 2, 3, 4], [1, 2, 2, 1]], 5)
     test = [row for row in Popularity.fit(data).candidates(data, k=20).to_pylist() if row["split"] == "test"]
     assert [row["items"] for row in test] == [[4, 5], [3, 4, 5]]  # ties: the lower item id first
-    assert [row["target_rank"] for row in test] == [1, 0]
+    assert [(row["target_rank"], row["target_first"], row["target_tied"]) for row in test] == [(1, 1, 2), (0, 0, 0)]
 
 
 def test_a_user_with_one_item():
@@ -138,8 +139,8 @@ def test_ties_rank_the_lower_id_first_everywhere():
     scores = torch.tensor([[9.0, 1, 2, 2, 2, 1], [9.0, 3, 3, 3, 3, 3]])
     seen = seen_places([[3], [1, 2]])
     hide(scores, seen)
-    assert ranks_of(scores, torch.tensor([4, 5])).tolist() == [2, 3]
-    assert ranks_of(scores, torch.tensor([5, 2])).tolist() == [4, 0]
+    assert ranks_of(scores, torch.tensor([4, 5])).tolist() == [[2, 1, 2], [3, 1, 3]]
+    assert ranks_of(scores, torch.tensor([5, 2])).tolist() == [[4, 3, 2], [0, 0, 0]]
     items, values = top_items(scores, 2)
     assert items.tolist() == [[2, 4], [3, 4]]
     assert values.tolist() == [[2, 2], [3, 3]]
@@ -149,7 +150,10 @@ def test_random_ties_agree_between_lists_and_ranks():
     generator = torch.Generator().manual_seed(0)
     scores = torch.randint(0, 6, (200, 41), generator=generator).float()
     targets = torch.randint(1, 41, (200,), generator=generator)
-    ranks = ranks_of(hide(scores), targets)
+    ranks, first, tied = ranks_of(hide(scores), targets).T
+    own = scores[torch.arange(200), targets][:, None]
+    assert torch.equal(first, (scores > own).sum(1) + 1) and torch.equal(tied, (scores == own).sum(1))
+    assert ((first <= ranks) & (ranks < first + tied)).all()
     items, _ = top_items(scores, 7)
     inside = [(row == target).nonzero() for row, target in zip(items, targets, strict=True)]
     assert [place.item() + 1 if len(place) else None for place in inside] == [

@@ -4,18 +4,19 @@ from itertools import chain
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
 
 from tests.retrieval.world import NUM_ITEMS, item_ids, make_data, make_lists, titles, write_data_stage
-from ulmrec_hf.metrics import ranking_metrics
+from ulmrec_hf.metrics import ranking_metrics, top_k_places
 from ulmrec_hf.retrieval.arguments import RETRIEVERS, RetrieverArguments
 from ulmrec_hf.retrieval.base import load_retriever
 from ulmrec_hf.retrieval.item_knn import ItemKNN
 from ulmrec_hf.retrieval.lrurec import LRURec
 from ulmrec_hf.retrieval.rows import EqualBatches, TrainingRows, collate
-from ulmrec_hf.retrieval.stage import cross_fit, train_retriever
+from ulmrec_hf.retrieval.stage import cross_fit, protocol_notes, train_retriever
 from ulmrec_hf.tables import LeaveOneOut, Sequences
 
 FAST = {
@@ -53,8 +54,8 @@ def test_stage_writes_its_files_and_nothing_else(stage):
 def test_loss_falls_and_the_best_epoch_is_kept(stage):
     history = json.loads((stage / "training.json").read_text())["history"]
     assert history[-1]["loss"] < 0.8 * history[0]["loss"]
-    ranks = load_retriever(stage).ranks(LeaveOneOut.load(stage.parent / "data"), ["validation"])["rank"].to_numpy()
-    kept = ranking_metrics(np.where(ranks > 0, ranks, np.inf), ks=(10,))["ndcg@10"]
+    ranks = load_retriever(stage).ranks(LeaveOneOut.load(stage.parent / "data"), ["validation"])
+    kept = ranking_metrics(top_k_places(ranks["rank"], ranks["tied"]), ks=(10,))["ndcg@10"]
     assert kept == pytest.approx(max(row["ndcg@10"] for row in history))
     assert kept > 0.5  # the pattern is learned
 
@@ -65,7 +66,7 @@ def test_ranks_hold_every_system_once(stage):
         (system, split): 120 for system in ("popularity", "item_knn", "lrurec") for split in ("validation", "test")
     }
     candidates = pq.read_table(stage / "candidates.parquet").to_pandas()
-    own = candidates[candidates["split"] == "test"].sort_values("user")["target_rank"].tolist()
+    own = candidates[candidates["split"] == "test"].sort_values("user")["target_first"].tolist()
     assert ranks[(ranks["system"] == "lrurec") & (ranks["split"] == "test")].sort_values("user")["rank"].tolist() == own
     mean = ranks.groupby("system")["rank"].mean()
     assert mean["lrurec"] < mean["popularity"]
@@ -113,6 +114,19 @@ def test_stage_without_training(name, tmp_path):
     assert (stage / "ranks.parquet").stat().st_mtime_ns == before
     with pytest.raises(ValueError, match="num_candidates was 5, is 6"):
         train_retriever(RetrieverArguments(retriever=name, num_candidates=6, **FAST), data, tmp_path)
+
+
+def test_id_only_ranks_the_retriever_that_reads_no_title(tmp_path):
+    settings = {"start_from_titles": True, "epochs": 1}
+    stage, data = run(tmp_path, id_only=True, cross_fit=2, **settings), LeaveOneOut.load(tmp_path / "data")
+    ranks = pq.read_table(stage / "ranks.parquet")
+    assert set(ranks["system"].to_pylist()) == {"popularity", "item_knn", "lrurec", "lrurec_ids"}
+    for name, titled in (("lrurec_ids", False), ("lrurec", True)):
+        alone = LRURec.fit(data, epochs=1, start_from_titles=titled, **FAST)
+        assert alone.ranks(data, system=name).equals(ranks.filter(pc.equal(ranks["system"], name)).combine_chunks())
+    assert load_retriever(stage).name == "lrurec"
+    notes = protocol_notes(RetrieverArguments(id_only=True, **settings))
+    assert "lrurec_ids: the same retriever, fitted without titles (id_only)." in notes
 
 
 def test_hybrid_stage_ranks_what_it_combines(tmp_path):
@@ -221,6 +235,12 @@ def test_collate_pads_to_the_longest():
     ("settings", "message"),
     [
         ({"retriever": "nope"}, "retriever is 'nope'; it must be one of popularity, item_knn, "),
+        (
+            {"id_only": True},
+            "id_only .* needs one neural retriever with start_from_titles true; got lrurec with .* false",
+        ),
+        ({"id_only": True, "start_from_titles": True, "retriever": "text"}, "id_only .* got text with .* true"),
+        ({"id_only": True, "start_from_titles": True, "retriever": "hybrid"}, "id_only .* got hybrid with .* true"),
         ({"cross_fit": 1}, "cross_fit must be 0 or at least 2"),
         ({"hybrid_components": ["lrurec", "hybrid", "magic"]}, "hybrid_components holds hybrid, magic; it may hold"),
         ({"hybrid_components": ["text", "text"]}, "hybrid_components is .*; it must name some retrievers, each once"),

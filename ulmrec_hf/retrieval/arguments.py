@@ -17,7 +17,9 @@ RETRIEVERS = Registry(
     sasrec=f"{__package__}.sasrec:SASRec",
     hybrid=f"{__package__}.hybrid:Hybrid",
 )
-STAGE_SETTINGS = {"retriever", "num_candidates", "train_positions", "refit", "cross_fit"}  # which no retriever reads
+# which no retriever reads
+STAGE_SETTINGS = {"retriever", "num_candidates", "train_positions", "refit", "cross_fit", "id_only"}
+_NOT_FROM_TITLES = {"popularity", "item_knn", "text", "hybrid"}  # start_from_titles is not for them
 SCHEDULES = ("constant", "linear", "cosine")
 
 
@@ -46,6 +48,11 @@ class RetrieverArguments:
         0,
         "Folds of users: candidates of a fold's train positions come from a retriever fitted without its users, at "
         "the cost of one more fit per fold; 0 = from the retriever itself, which was trained on them.",
+    )
+    id_only: bool = setting(
+        False,
+        "Also fit and rank the same retriever without titles (start_from_titles off), for comparison, at the cost of "
+        "one more fit; reports call it <retriever>_ids.",
     )
 
     knn_window: int = setting(50, "item_knn: items at most this far apart are neighbours.")
@@ -106,6 +113,11 @@ class RetrieverArguments:
             raise ValueError(f"hybrid_components is {self.hybrid_components}; it must name some retrievers, each once.")
         if self.cross_fit == 1:
             raise ValueError("cross_fit must be 0 or at least 2: one fold would leave no users to fit on.")
+        if self.id_only and (not self.start_from_titles or self.retriever in _NOT_FROM_TITLES):
+            raise ValueError(
+                "id_only fits a retriever without titles too: it needs one neural retriever with start_from_titles "
+                f"true; got {self.retriever} with start_from_titles {str(self.start_from_titles).lower()}."
+            )
         lowest = {"train_positions": 0, "patience": 0, "seed": 0, "cross_fit": 0}
         for item in fields(self):
             value = getattr(self, item.name)

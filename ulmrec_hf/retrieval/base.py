@@ -148,8 +148,9 @@ class Retriever(ABC):
             train_positions: how many of the newest train positions of each user; 0 = all.
 
         Returns:
-            user, split, position, items (best first, none from the history), scores, target, and target_rank in the
-            whole catalogue without the history (1 = best; 0 = the target is in the history).
+            user, split, position, items (best first, none from the history), scores, target, and its places in the
+            whole catalogue without the history (1 = best; 0 = the target is in the history): target_rank, of tied items
+            the lower id first; target_first, the first place of the tie; target_tied, how many items tie.
 
         Raises:
             ValueError: k below 1, train_positions below 0, data of another catalogue, or scores that are NaN.
@@ -159,15 +160,22 @@ class Retriever(ABC):
         tables = candidate_tables({split: [self] for split in SPLITS}, data.sequences, k, train_positions)
         return pa.concat_tables([CANDIDATES.empty_table(), *tables])
 
-    def ranks(self, data: LeaveOneOut, splits: Sequence[str] = EVALUATED) -> pa.Table:
+    def ranks(self, data: LeaveOneOut, splits: Sequence[str] = EVALUATED, *, system: str | None = None) -> pa.Table:
         """The rank of every target in the catalogue without its history, with the schema `tables.RANKS`.
 
-        Ranks start at 1 = best; 0 = the target is in the history, and so cannot be retrieved.
+        Args:
+            data: of the same catalogue as the data it was fitted on.
+            splits: whose targets.
+            system: what the table calls this retriever, by default its name.
+
+        Returns:
+            user, split, system, rank and tied: the target stands at any of `tied` ranks from `rank` on, since so many
+            items have its score. Ranks start at 1 = best; 0 = it is in the history, and so cannot be retrieved.
         """
         sequences = data.sequences
         places = [(split, *target_positions(sequences.lengths, split)) for split in splits]
         tables = [table for place in places for table in retrieve(self, sequences, *place, 0)]
-        return rank_table(pa.concat_tables([CANDIDATES.empty_table(), *tables]), self.name)
+        return rank_table(pa.concat_tables([CANDIDATES.empty_table(), *tables]), system or self.name)
 
     def check_catalogue(self, catalogue: str) -> None:
         """Raises ValueError unless this retriever was fitted on the catalogue with that hash."""

@@ -42,19 +42,20 @@ def search(
     Args:
         histories: int [length] each, with ids of the catalogue only.
         k: how many of the best items to keep; 0 = the targets' ranks alone.
-        targets: int64 [rows], the items to rank; without, the ranks are 0.
+        targets: int64 [rows], the items to rank; without, their places are 0.
         bar: advanced by the rows of each batch.
 
     Returns:
-        Items int64 and scores float32, [rows, k] each, as `Retriever.top` returns them; ranks int64 [rows], see
-        `topk.ranks_of`.
+        Items int64 and scores float32, [rows, k] each, as `Retriever.top` returns them; the targets' places,
+        int64 [rows, 3], see `topk.ranks_of`.
 
     Raises:
         ValueError: the scores are NaN.
     """
     num_items, count = retriever.config.num_items, len(histories)
     k, batch_size = min(k, num_items), max(1, min(256, _CELLS // (num_items + 1)))
-    items, values, ranks = np.empty((count, k), np.int64), np.empty((count, k), np.float32), np.zeros(count, np.int64)
+    items, values = np.empty((count, k), np.int64), np.empty((count, k), np.float32)
+    ranks = np.zeros((count, 3), np.int64)
     lengths = np.array([len(history) for history in histories], dtype=np.int64)
     for start in range(0, count, _BLOCK):
         # rows of one length together, to keep padding low
@@ -104,7 +105,7 @@ def retrieve(
                 pa.ListArray.from_arrays(offsets, items[real].astype(np.int32)),
                 pa.ListArray.from_arrays(offsets, scores[real]),
                 targets[rows].astype(np.int32),
-                ranks.astype(np.int32),
+                *ranks.astype(np.int32).T,
             ]
             yield pa.table(columns, schema=CANDIDATES)
 
@@ -126,6 +127,6 @@ def candidate_tables(
 
 
 def rank_table(candidates: pa.Table, system: str) -> pa.Table:
-    """The ranks of a candidates table's targets, with the schema `RANKS`; `system` is who ranked them."""
-    users, splits, ranks = (candidates[name] for name in ("user", "split", "target_rank"))
-    return pa.table([users, splits, pa.repeat(system, len(users)), ranks], schema=RANKS).combine_chunks()
+    """The places of a candidates table's targets, with the schema `RANKS`; `system` is who ranked them."""
+    users, splits, *places = (candidates[name] for name in ("user", "split", "target_first", "target_tied"))
+    return pa.table([users, splits, pa.repeat(system, len(users)), *places], schema=RANKS).combine_chunks()

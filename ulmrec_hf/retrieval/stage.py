@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..files import write_json, write_table
+from ..protocol import EVALUATED
 from ..stages import run_stage, stage_fingerprint
 from ..tables import CANDIDATES, LeaveOneOut
 from .arguments import RETRIEVERS, RetrieverArguments
@@ -26,9 +27,10 @@ def train_retriever(
     """Runs the stage `output_dir/retriever` and returns its folder.
 
     The folder holds the retriever (config.json, model.safetensors), `candidates.parquet` (see `Retriever.candidates`),
-    `ranks.parquet` (see `Retriever.ranks`) of the retriever, its components and the baselines popularity and item_knn,
-    and `training.json` with the `training_history`. See `Retriever.fit` for what is read; test targets are only ranked.
-    With `refit`, item statistics for the test rows, and those that are saved, come from train and validation items.
+    `ranks.parquet` (see `Retriever.ranks`) of the retriever, its components, the baselines popularity and item_knn and,
+    with `id_only`, the retriever without titles, and `training.json` with the `training_history`. See `Retriever.fit`
+    for what is read; test targets are only ranked. With `refit`, item statistics for the test rows, and those that are
+    saved, come from train and validation items.
 
     Raises:
         ValueError: the folder was made with other settings, or there is too little data to fit on.
@@ -58,6 +60,7 @@ def protocol_notes(args: RetrieverArguments) -> list[str]:
         f"Candidates of a training position come from the history before it, and from a retriever {fitted}",
         "Item statistics (popularity, item_knn) of the test rows: counted in the train "
         + ("and validation items (refit)." if args.refit else "items."),
+        *([f"{args.retriever}_ids: the same retriever, fitted without titles (id_only)."] if args.id_only else []),
     ]
 
 
@@ -79,6 +82,12 @@ def _build(args: RetrieverArguments, data: LeaveOneOut, folder: Path) -> None:
     own = _write_candidates(folder / "candidates.parquet", by_split, args, data)
     ranks = [part.ranks(data, ["validation"]) for part in [*retriever.components, *baselines]]
     ranks += [part.ranks(data, ["test"]) for part in [*test_retriever.components, *map(for_test, baselines)]]
+    if args.id_only:
+        ids = RETRIEVERS[args.retriever].fit(data, replace(args, start_from_titles=False, id_only=False))
+        name = f"{retriever.name}_ids"
+        ranks += [
+            part.ranks(data, [split], system=name) for split, part in zip(EVALUATED, (ids, for_test(ids)), strict=True)
+        ]
     write_table(folder / "ranks.parquet", pa.concat_tables([*ranks, rank_table(own, retriever.name)]))
 
 
@@ -89,5 +98,5 @@ def _write_candidates(
     with pq.ParquetWriter(path, CANDIDATES, compression="zstd") as writer:
         for table in candidate_tables(retrievers, data.sequences, args.num_candidates, args.train_positions):
             writer.write_table(table)
-    rows = pq.read_table(path, columns=["user", "split", "target_rank"])
+    rows = pq.read_table(path, columns=["user", "split", "target_first", "target_tied"])
     return rows.filter(pc.not_equal(rows["split"], "train"))

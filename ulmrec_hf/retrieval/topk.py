@@ -24,14 +24,16 @@ def hide(scores: torch.Tensor, places: torch.Tensor | None = None) -> torch.Tens
 
 
 def ranks_of(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The targets' ranks in the whole catalogue without the seen items.
+    """The targets' places in the whole catalogue without the seen items.
 
     Args:
         scores: float [batch, num_items + 1], padding and seen items at -inf (see `hide`).
         targets: int64 [batch].
 
     Returns:
-        int64 [batch], 1 = best; 0 where the target itself was seen, and so cannot be retrieved.
+        int64 [batch, 3]: the rank, 1 = best, of tied items the lower id first; the first rank of the items that tie
+        with the target; and how many these are, itself counted. All 0 where the target itself was seen, and so cannot
+        be retrieved.
 
     Raises:
         ValueError: the scores are NaN.
@@ -40,13 +42,14 @@ def ranks_of(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     if torch.isnan(target_scores).any():
         raise ValueError(_NAN)
     # int32: summing bools into the default int64 is four times slower
-    ranks = 1 + (scores > target_scores).sum(1, dtype=torch.int32).long()
+    first = 1 + (scores > target_scores).sum(1, dtype=torch.int32)
     equal = scores == target_scores
-    tied = equal.sum(1, dtype=torch.int32) > 1
+    count = equal.sum(1, dtype=torch.int32)
+    ranks, tied = first.clone(), count > 1
     if tied.any():
         before = torch.arange(scores.shape[1], device=scores.device) < targets[tied, None]
         ranks[tied] += (equal[tied] & before).sum(1, dtype=torch.int32)
-    return torch.where(torch.isneginf(target_scores[:, 0]), 0, ranks)
+    return torch.stack([ranks, first, count], 1).long().masked_fill_(torch.isneginf(target_scores), 0)
 
 
 def top_items(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

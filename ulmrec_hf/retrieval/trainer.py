@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, EvalPrediction, PreTrainedModel, Trainer, TrainingArguments
 
-from ..metrics import ranking_metrics
+from ..metrics import ranking_metrics, top_k_places
 from ..tables import Sequences
 from .arguments import RetrieverArguments
 from .rows import EqualBatches, TrainingRows, ValidationRows, collate
@@ -18,9 +18,9 @@ _EVAL_BATCH = 256
 
 
 def rank_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Recall@k and NDCG@k from the ranks that `RetrieverTrainer.prediction_step` returns; 0 = not retrievable."""
-    ranks = np.asarray(prediction.predictions, dtype=np.float64)
-    metrics = ranking_metrics(np.where(ranks > 0, ranks, np.inf), ks=(10, 20))
+    """Recall@k and NDCG@k from the places that `RetrieverTrainer.prediction_step` returns."""
+    _, first, tied = np.asarray(prediction.predictions).T
+    metrics = ranking_metrics(top_k_places(first, tied), ks=(10, 20))
     return {name: metrics[name] for name in ("ndcg@10", "recall@10", "recall@20")}
 
 
@@ -42,7 +42,7 @@ class RetrieverTrainer(Trainer):
     def prediction_step(
         self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any
     ) -> tuple[None, torch.Tensor, torch.Tensor]:
-        """(None, ranks int64 [batch], targets int64 [batch]); logits of all users would not fit into memory."""
+        """(None, see `ranks_of`, targets int64 [batch]); logits of all users would not fit into memory."""
         inputs = self._prepare_inputs(inputs)
         with torch.inference_mode(), self.compute_loss_context_manager():
             scores = model(inputs["input_ids"]).logits.float()
