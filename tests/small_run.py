@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+from ulmrec_hf.systems import ABLATIONS
+
 ROOT = Path(__file__).resolve().parents[1]
 QUICKSTART = str(ROOT / "recipes" / "configs" / "quickstart.yaml")
 # a world of 120 users, few steps: everything runs, nothing is learned well
@@ -31,6 +33,7 @@ def small_config(folder: Path) -> Path:
         path = folder / f"{name}.yaml"
         path.write_text(yaml.safe_dump(values), encoding="utf-8")
         config[name] = str(path)
+    config |= {"ablations": [*ABLATIONS], "anonymous_share": 0.2}
     path = folder / "small.yaml"
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
     return path

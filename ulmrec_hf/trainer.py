@@ -103,9 +103,11 @@ class ULMRecTrainer(Trainer):
 
     Training rows carry loss on the completion only, and each row of a task counts the same, however long its
     completion: the loss of a step is the mean over its rows of the mean over a completion's tokens, weighed by
-    `loss_weights`. A task's weight is so its share of the rows times its weight. Evaluation reads the logits of the candidates' letters at the last
-    position: scores float32 [rows, candidates], -inf past a row's own candidates. Every row is scored; a target that
-    is not among the candidates (label -1) counts as a miss.
+    `loss_weights`. A task's weight is so its share of the rows times its weight.
+
+    Evaluation reads the logits of the candidates' letters at the last position: scores float32 [rows, candidates], -inf
+    past a row's own candidates. Every row is scored; a target that is not among the candidates (label -1) counts as a
+    miss.
 
     Args:
         model: the language model, with or without an adapter.

@@ -178,7 +178,8 @@ def tune(
     """Tunes the ranker (`model/`) and each of `systems` that has its own stage (`ablations/<name>/model/`).
 
     All are tuned for as many steps as the ranker. Each stage holds training.json and predictions.parquet; the ranker
-    also scores the rows of the systems without a stage, and is published. Every process of a distributed run calls this. A killed tuning resumes from its last checkpoint.
+    also scores the rows of the systems without a stage, and is published. Every process of a distributed run calls
+    this. A killed tuning resumes from its last checkpoint.
 
     Raises:
         ValueError: the stage of another run stands in a folder.

@@ -14,11 +14,16 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from datasets import load_dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.small_run import ROOT, SMALL, environment, launch, load_recipe
 from tests.tiny_llama import make_base
+from ulmrec_hf import UserRanker
 from ulmrec_hf.data.synthetic import synthetic_interactions
 from ulmrec_hf.modeling import resolve_base
+from ulmrec_hf.systems import ABLATIONS, RANKER
+from ulmrec_hf.tasks.records import TASKS
 
 FINETUNE = str(ROOT / "recipes" / "finetune.py")
 ONE_SYSTEM = ["--ablations", "index_only", "--save_merged", "false"]
@@ -41,8 +46,8 @@ def test_a_run_leaves_every_stage_and_no_path_of_this_machine(run_folder):
 
 def test_the_report_has_every_system_in_both_scopes(run_folder):
     rows = read_json(run_folder / "report" / "metrics.json")
-    systems = "random popularity item_knn lrurec retriever ulmrec ulmrec_no_index ulmrec_index_only ulmrec_placebo"
-    assert {row["system"] for row in rows} == set(systems.split())
+    systems = {"random", "popularity", "item_knn", "lrurec", "retriever", RANKER.name}
+    assert {row["system"] for row in rows} == systems | {system.name for system in ABLATIONS.values()}
     users = pq.read_table(run_folder / "data" / "sequences.parquet").num_rows
     for row in rows:
         assert row["scope"] != "overall" or row["users"] == users
@@ -69,8 +74,6 @@ def test_every_evaluation_row_is_scored(run_folder):
 
 
 def test_the_run_without_an_index_saw_no_user_token(run_folder):
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(run_folder / "model" / "adapter")
     base = len(AutoTokenizer.from_pretrained(resolve_base("embedded")))
     seen = {}
@@ -80,6 +83,48 @@ def test_the_run_without_an_index_saw_no_user_token(run_folder):
         seen[name] = sum(token >= base for ids in tokenizer(texts)["input_ids"] for token in ids)
     assert len(tokenizer) > base and seen["ulmrec"] > 0
     assert seen["no_index"] == 0
+
+
+def test_all_systems_are_tuned_for_equal_steps_on_their_own_tasks(run_folder):
+    steps = {
+        path.parent.parent.name: max(entry["step"] for entry in read_json(path)["history"])
+        for path in run_folder.glob("ablations/*/model/training.json")
+        if read_json(path)["history"]
+    }
+    assert steps == dict.fromkeys(("no_index", "history_only", "placebo"), 6)
+    tasks = {
+        name: Counter(load_dataset(str(run_folder / path), "mixture", split="train")["task"])
+        for name, path in (("ulmrec", "data/tasks"), *((n, f"ablations/{n}/tasks") for n in steps))
+    }
+    names = [*TASKS]
+    assert {names[task] for task in tasks["history_only"]} == {"next_item"}
+    assert {names[task] for task in tasks["no_index"]} == {"next_item", "rating", "intent_next_item"}
+    assert tasks["placebo"] == tasks["ulmrec"] and len(tasks["ulmrec"]) == len(TASKS)
+    assert tasks["no_index"].items() <= tasks["ulmrec"].items()
+
+
+def test_the_base_by_itself_is_scored_untuned(run_folder):
+    stage = run_folder / "ablations" / "zero_shot" / "model"
+    assert read_json(stage / "training.json")["history"] == [] and not list(stage.rglob("*.safetensors"))
+    rows = load_dataset(str(run_folder / "ablations" / "zero_shot" / "tasks"), "next_item", split="test")
+    base = resolve_base("embedded")
+    ranker = UserRanker(AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base))
+    table = pq.read_table(stage / "predictions.parquet").to_pandas().query("split == 'test'").sort_values("user")
+    for row, scores in list(zip(rows, table["scores"], strict=True))[:8]:
+        expected = ranker.scores([row["prompt"]], len(row["candidates"]))[0]
+        np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_some_training_rows_leave_the_index_out_and_no_other_does(run_folder):
+    prompts = load_dataset(str(run_folder / "data" / "tasks"), "mixture", split="train")
+    empty = {name: [] for name in TASKS}
+    for row in prompts:
+        empty[[*TASKS][row["task"]]].append("### User:\n\n" in row["prompt"])
+    assert {name for name, found in empty.items() if any(found)} == {"next_item", "rating"}
+    assert 0.1 < np.mean(empty["next_item"]) < 0.3 and 0.1 < np.mean(empty["rating"]) < 0.35
+    for split in ("validation", "test"):
+        rows = load_dataset(str(run_folder / "data" / "tasks"), "next_item", split=split)
+        assert not any("### User:\n\n" in prompt for prompt in rows["prompt"])
 
 
 def test_the_same_command_runs_nothing_again_and_other_settings_are_refused(run_folder, small_settings):
@@ -258,8 +303,6 @@ def test_held_out_interactions_change_nothing_that_is_trained(swapped, small_set
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["text", "number", "id"])
 def test_a_run_with_another_kind_of_user_index(kind, small_settings, tmp_path):
-    from transformers import AutoTokenizer
-
     from ulmrec_hf.ranker import UserRanker
     from ulmrec_hf.user_index import UserIndex
 

@@ -34,8 +34,8 @@ class TaskArguments:
     )
     anonymous_share: float = setting(
         0.0,
-        "Share of the training rows with a target that leave the user index out, so that the model also ranks for users "
-        "without one.",
+        "Share of the training rows with a target that leave the user index out, so that the model also ranks for "
+        "users without one.",
     )
     mixture: dict[str, float] | str | None = field(
         default_factory=lambda: dict.fromkeys(TASKS, 1.0),
