@@ -105,7 +105,7 @@ def test_the_embedded_base_has_a_name():
     assert model.config.max_position_embeddings >= 4096
 
 
-def test_every_row_counts_the_same_however_long_its_completion_but_for_its_weight(parts):
+def test_every_token_of_a_completion_counts_the_same_but_for_the_weight_of_its_task(parts):
     _, tokenizer, make = parts
     names = ["short", "long"]
     columns = {"prompt": ["who?\n"] * 2, "completion": ["A", "red soap"], "task": [0, 1]}
@@ -116,16 +116,17 @@ def test_every_row_counts_the_same_however_long_its_completion_but_for_its_weigh
         batch = ULMRecCollator(tokenizer)(list(tokenize_rows(mixture, tokenizer, weights=weights)))
         labels = batch["labels"]
         model.logits = torch.randn(*labels.shape, len(tokenizer), generator=torch.Generator().manual_seed(0))
-        log, row_losses = model.logits.log_softmax(-1), []
-        for row in range(2):
-            places = [place for place in range(1, labels.shape[1]) if labels[row, place] != -100]
-            row_losses.append(-sum(log[row, place - 1, labels[row, place]] for place in places) / len(places))
+        log, losses, total = model.logits.log_softmax(-1), 0.0, 0.0
+        for row, weight in enumerate((1.0, weights.get("long", 1.0))):
+            for place in range(1, labels.shape[1]):
+                if labels[row, place] != -100:
+                    losses = losses - weight * log[row, place - 1, labels[row, place]]
+                    total += weight
         trainer = make()
         count = trainer._get_num_items_in_batch([{"passes": [batch]}], labels.device)
-        weight = weights.get("long", 1.0)
-        assert count == 1 + weight
+        assert count == total
         loss = trainer.compute_loss(lambda **inputs: model, batch, num_items_in_batch=count)
-        torch.testing.assert_close(loss, (row_losses[0] + weight * row_losses[1]) / (1 + weight))
+        torch.testing.assert_close(loss, losses / total)
 
 
 def test_passes_change_the_loss_and_the_gradient_by_rounding_alone(parts):

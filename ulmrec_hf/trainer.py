@@ -63,8 +63,8 @@ class ULMRecTrainingArguments(TrainingArguments):
     loss_weights: dict[str, float] | str | None = field(
         default_factory=dict,
         metadata={
-            "help": "How much a row of each task counts in the loss, 1 where none is given; with the mixture, how many "
-            "rows there are, it makes a task's weight. As JSON on the command line."
+            "help": "How much a completion's token of each task counts in the loss, 1 where none is given. As JSON on "
+            "the command line."
         },
     )
     remove_unused_columns: bool = setting(False, "Must stay false: the collator needs them all.")
@@ -101,9 +101,9 @@ def ranking_metrics_of(prediction: EvalPrediction) -> dict[str, float]:
 class ULMRecTrainer(Trainer):
     """A Trainer that learns completions and is evaluated by ranking candidates in one forward pass.
 
-    Training rows carry loss on the completion only, and each row of a task counts the same, however long its
-    completion: the loss of a step is the mean over its rows of the mean over a completion's tokens, weighed by
-    `loss_weights`. A task's weight is so its share of the rows times its weight.
+    Training rows carry loss on the completion only. The loss of a step is the mean over the completions' tokens of all
+    its passes and processes, each token weighed by its task's entry in `loss_weights`: by default, a task's weight is
+    its share of these tokens.
 
     Evaluation reads the logits of the candidates' letters at the last position: scores float32 [rows, candidates], -inf
     past a row's own candidates. Every row is scored; a target that is not among the candidates (label -1) counts as a
@@ -219,29 +219,29 @@ class ULMRecTrainer(Trainer):
         return total
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The sum of a pass's row losses, each the mean over its completion, divided by the weights of the step."""
+        """The weighed sum of a pass's token losses, divided by the weights of all tokens of the step."""
         inputs = dict(inputs)
         labels, weights = inputs.pop("labels"), inputs.pop("weights", None)
         outputs = model(**inputs)
-        answers = labels[:, 1:]
         losses = torch.nn.functional.cross_entropy(
             outputs.logits[:, :-1].float().transpose(1, 2),
-            answers,
+            labels[:, 1:],
             ignore_index=IGNORED,
             reduction="none",
             label_smoothing=self.args.label_smoothing_factor,
         )
-        by_row = losses.sum(1) / (answers != IGNORED).sum(1)
-        total = by_row.sum() if weights is None else by_row @ weights
+        total = losses.sum() if weights is None else losses.sum(1) @ weights
         # processes average their gradients
         loss = total * self.accelerator.num_processes / num_items_in_batch
         return (loss, outputs) if return_outputs else loss
 
     def _get_num_items_in_batch(self, batch_samples: Sequence[Mapping], device: torch.device) -> torch.Tensor:
-        """The weights of all rows of a step, those of all processes."""
-        passes = [batch for step in batch_samples for batch in step["passes"]]
-        weight = sum(float(batch["weights"].sum()) if "weights" in batch else len(batch["labels"]) for batch in passes)
-        return self.accelerator.gather(torch.tensor(weight, device=device)).sum()
+        """The weights of all completion tokens of a step, those of all processes."""
+        total = torch.zeros((), device=device)
+        for batch in (batch for step in batch_samples for batch in step["passes"]):
+            counts = (batch["labels"] != IGNORED).sum(1).float()
+            total += (counts @ batch["weights"] if "weights" in batch else counts.sum()).to(device)
+        return self.accelerator.gather(total).sum()
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
         """Of a step: of all its passes."""

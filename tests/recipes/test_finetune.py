@@ -225,6 +225,10 @@ def test_two_processes_run_the_whole_job(run_folder, small_settings, tmp_path):
     assert [(row["system"], row["split"], row["scope"], row["users"]) for row in one] == [
         (row["system"], row["split"], row["scope"], row["users"]) for row in two
     ]
+    for name in ("model", "ablations/history_only/model"):  # equal rows in every step, so equal up to rounding
+        logs = [read_json(folder / name / "training.json")["history"] for folder in (run_folder, tmp_path / "run")]
+        losses, others = ([entry["loss"] for entry in log if "loss" in entry] for log in logs)
+        assert len(losses) == 6 and losses == pytest.approx(others, rel=1e-4)
     untuned = ("random", "popularity", "item_knn", "lrurec", "retriever")
     assert [row for row in one if row["system"] in untuned] == [row for row in two if row["system"] in untuned]
 

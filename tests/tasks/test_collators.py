@@ -36,11 +36,6 @@ def llama(tokenizer):
     return LlamaForCausalLM(config).eval()
 
 
-def end_of(row, tokenizer) -> list[int]:
-    """The end token, which an answer of one token does without."""
-    return [] if row["completion"] == "B" else [tokenizer.eos_token_id]
-
-
 def _supervised(labels):
     return [row[row != -100].tolist() for row in labels]
 
@@ -49,7 +44,7 @@ def test_labels_are_the_completion_and_the_end_token(tokenizer):
     batch = ULMRecCollator(tokenizer)(ROWS)
     end = tokenizer.eos_token_id
     assert _supervised(batch["labels"]) == [
-        tokenizer("B")["input_ids"],  # one token: nothing to end
+        [*tokenizer("B")["input_ids"], end],
         [*tokenizer("likes red")["input_ids"], end],
         [*tokenizer.encode_user((1, 0)), end],
         [end],
@@ -65,7 +60,7 @@ def test_padding_is_on_the_left_and_positions_count_own_tokens(tokenizer):
     for row, ids, mask, positions in zip(
         ROWS, batch["input_ids"], batch["attention_mask"], batch["position_ids"], strict=True
     ):
-        own = tokenizer(row["prompt"] + row["completion"])["input_ids"] + end_of(row, tokenizer)
+        own = tokenizer(row["prompt"] + row["completion"])["input_ids"] + [tokenizer.eos_token_id]
         padding = len(ids) - len(own)
         assert ids.tolist() == [tokenizer.pad_token_id] * padding + own
         assert mask.tolist() == [0] * padding + [1] * len(own)
@@ -94,7 +89,7 @@ def test_the_loss_equals_that_of_rows_without_padding(tokenizer, llama):
     with torch.no_grad():
         for row in ROWS:
             ids = tokenizer(row["prompt"] + row["completion"], return_tensors="pt")["input_ids"]
-            ids = torch.cat([ids, torch.tensor([end_of(row, tokenizer)], dtype=int)], dim=1)
+            ids = torch.cat([ids, torch.tensor([[tokenizer.eos_token_id]])], dim=1)
             begin = len(tokenizer(row["prompt"])["input_ids"])
             logits = llama(input_ids=ids).logits[0, begin - 1 : -1]
             total += torch.nn.functional.cross_entropy(logits, ids[0, begin:], reduction="sum").item()
@@ -146,7 +141,7 @@ def test_a_letter_is_the_token_that_it_is_after_the_prompt():
     base = byte_bpe(merges=[("Ġ", "A")], end="<|end|>", use_regex=False)
     tokenizer = UserTokenizer.from_base(base, levels=1, codebook_size=2)
     batch = ULMRecCollator(tokenizer)([{"prompt": "is:", "completion": " A"}])
-    assert _supervised(batch["labels"]) == [[tokenizer.convert_tokens_to_ids("ĠA")]]
+    assert _supervised(batch["labels"]) == [[tokenizer.convert_tokens_to_ids("ĠA"), tokenizer.eos_token_id]]
 
 
 def test_a_completion_that_merges_with_the_prompt_is_refused():

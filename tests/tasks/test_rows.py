@@ -213,6 +213,28 @@ def test_a_source_without_ratings_has_no_rating_rows(tokenizer):
     assert len(list(rows.rows("next_item", "train"))) == 2 * USERS
 
 
+def test_a_mixture_without_any_row_is_refused(tokenizer):
+    world = make_world(ratings=[[None] * (7 + user % 3) for user in range(USERS)])
+    with pytest.raises(ValueError, match=r"mixture is \{'rating': 1.0\}, but these tasks have no training rows"):
+        next(world.rows(tokenizer, mixture={"rating": 1.0}).rows("mixture", "train"))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_a_share_of_the_training_rows_with_a_target_leaves_the_index_out(world, tokenizer, share):
+    rows = world.rows(tokenizer, anonymous_share=share, train_positions=0)
+    kept = world.rows(tokenizer, train_positions=0)
+    for task in ("next_item", "rating", "index_to_preference"):
+        found = list(rows.rows(task, "train"))
+        left_out = [section(row["prompt"], "User") == "" for row in found]
+        expected = 0 if task == "index_to_preference" else share
+        assert np.mean(left_out) == pytest.approx(expected, abs=0.25 if 0 < share < 1 else 0)
+        for row, other, empty in zip(found, kept.rows(task, "train"), left_out, strict=True):
+            user = section(other["prompt"], "User")
+            assert user and row["prompt"] == (other["prompt"].replace(user, "") if empty else other["prompt"])
+    for split in ("validation", "test"):
+        assert list(rows.rows("next_item", split)) == list(kept.rows("next_item", split))
+
+
 def test_users_without_a_preference_get_no_preference_rows(world, tokenizer):
     rows = world.with_preferences(" ", user=0).rows(tokenizer)
     assert [row["user"] for row in rows.rows("index_to_preference", "train")] == [1, 2, 3, 4, 5]

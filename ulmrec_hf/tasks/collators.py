@@ -23,11 +23,10 @@ def tokenize_rows(
 
     Args:
         dataset: columns prompt and completion, and with weights task; for evaluation prompt, label and candidates.
-        weights: how much a row of a task counts; 1 where a task has none.
+        weights: how much a completion token of a task counts; 1 where a task has none.
 
     Returns:
-        For training: input_ids (prompt, completion, end token), completion_length (the end token counted), length. A
-        completion of one token, such as a letter, has no end token: half of its row's loss would be about that.
+        For training: input_ids (prompt, completion, end token), completion_length (the end token counted), length.
         With weights, also weight.
         For evaluation: input_ids (the prompt), label, num_candidates, length. `length` serves grouping by length.
     """
@@ -77,14 +76,12 @@ def tokenize_batch(
                 f"differently when the completion {completion[:20]!r} follows: end the prompt template with a newline, "
                 "and use a tokenizer that adds no end token by itself."
             )
-    ids = [
-        joint if len(joint) - len(before) == 1 else [*joint, end]
-        for before, joint in zip(prompt_ids, joint_ids, strict=True)
-    ]
     columns = {
-        "input_ids": ids,
-        "completion_length": [len(row) - len(before) for before, row in zip(prompt_ids, ids, strict=True)],
-        "length": list(map(len, ids)),
+        "input_ids": [[*joint, end] for joint in joint_ids],
+        "completion_length": [
+            len(joint) + 1 - len(before) for before, joint in zip(prompt_ids, joint_ids, strict=True)
+        ],
+        "length": [len(joint) + 1 for joint in joint_ids],
     }
     return columns | ({"weight": [weights[task] for task in rows["task"]]} if weights else {})
 

@@ -166,7 +166,7 @@ class TaskRows:
             yield self.row(name, split, user, position)
 
     def _mixture_keys(self) -> np.ndarray:
-        """(task number, user, position) of the mixture's training rows, int32 [rows, 3], shuffled."""
+        """(task number, user, position) of the training rows of the mixture, int32 [rows, 3], shuffled."""
         parts = []
         for number, (name, task) in enumerate(self.tasks.items()):
             whole, share = divmod(self.args.mixture.get(name, 0.0), 1)
@@ -175,6 +175,12 @@ class TaskRows:
             keys = np.concatenate([np.tile(keys, (int(whole), 1)), keys[order[: round(share * len(keys))]]])
             parts.append(np.column_stack([np.full(len(keys), number, np.int32), keys]))
         keys = np.concatenate(parts)
+        if not len(keys):
+            raise ValueError(
+                f"mixture is {self.args.mixture}, but these tasks have no training rows: no user has "
+                f"{MIN_ITEMS + 1} items, or what a task requires (rating: ratings; preference: words of the user) is "
+                "missing. Add tasks to the mixture or users with more items."
+            )
         return keys[np.random.default_rng([self.args.task_seed, MIXTURE_SEED]).permutation(len(keys))]
 
     def _known(self, field: str | None, users: np.ndarray, positions: np.ndarray) -> np.ndarray:
