@@ -10,7 +10,6 @@ from transformers import TrainerCallback, set_seed
 
 from tests.tiny_llama import make_base
 from ulmrec_hf import ULMRecTrainer, ULMRecTrainingArguments, UserIndex, load_base
-from ulmrec_hf.tasks.collators import ULMRecCollator, tokenize_rows
 from ulmrec_hf.verbalizer import LetterVerbalizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -36,11 +35,11 @@ def parts(tmp_path):
     arguments = {"use_cpu": True, "bf16": False, "eval_strategy": "no", "save_strategy": "no", "disable_tqdm": True}
     arguments |= {"load_best_model_at_end": False, "per_device_train_batch_size": 4, "logging_strategy": "no"}
 
-    def make(**settings):
+    def make(train_dataset=None, **settings):
         return ULMRecTrainer(
             model,
             ULMRecTrainingArguments(str(tmp_path / "out"), **{**arguments, **settings}),
-            train_dataset=rows(),
+            train_dataset=train_dataset or rows(),
             eval_dataset=rows(4),
             processing_class=tokenizer,
         )
@@ -107,24 +106,26 @@ def test_the_embedded_base_has_a_name():
 
 def test_every_token_of_a_completion_counts_the_same_but_for_the_weight_of_its_task(parts):
     _, tokenizer, make = parts
-    names = ["short", "long"]
+    names = ["rating", "next_item"]
     columns = {"prompt": ["who?\n"] * 2, "completion": ["A", "red soap"], "task": [0, 1]}
     features = Features({"prompt": Value("string"), "completion": Value("string"), "task": ClassLabel(names=names)})
     mixture = Dataset.from_dict(columns, features=features)
     model = SimpleNamespace(logits=None)
-    for weights in ({}, {"long": 3.0}):
-        batch = ULMRecCollator(tokenizer)(list(tokenize_rows(mixture, tokenizer, weights=weights)))
+    for weights in ({}, {"next_item": 3.0}):
+        trainer = make(train_dataset=mixture, loss_weights=weights)
+        batch = trainer.data_collator(list(trainer.train_dataset))
         labels = batch["labels"]
         model.logits = torch.randn(*labels.shape, len(tokenizer), generator=torch.Generator().manual_seed(0))
         log, losses, total = model.logits.log_softmax(-1), 0.0, 0.0
-        for row, weight in enumerate((1.0, weights.get("long", 1.0))):
+        for row, weight in enumerate((1.0, weights.get("next_item", 1.0))):
             for place in range(1, labels.shape[1]):
                 if labels[row, place] != -100:
                     losses = losses - weight * log[row, place - 1, labels[row, place]]
                     total += weight
-        trainer = make()
         count = trainer._get_num_items_in_batch([{"passes": [batch]}], labels.device)
         assert count == total
+        shares = trainer.loss_shares()
+        assert shares["next_item"] == pytest.approx(1 - 2 / total) and sum(shares.values()) == pytest.approx(1)
         loss = trainer.compute_loss(lambda **inputs: model, batch, num_items_in_batch=count)
         torch.testing.assert_close(loss, losses / total)
 
@@ -188,6 +189,14 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_setting(parts):
         next(iter(trained_rows(model).values())).fill_(torch.nan)
     with pytest.raises(ValueError, match=r"The loss of step 1 is nan: lower learning_rate \(0.0001\)"):
         trainer.train()
+
+
+def test_weights_of_tasks_need_rows_that_name_theirs(parts):
+    _, _, make = parts
+    with pytest.raises(ValueError, match=r"loss_weights is .*the training rows have no column task"):
+        make(loss_weights={"next_item": 2.0})
+    with pytest.raises(ValueError, match=r"loss_weights is .*must give a number for some of next_item"):
+        make(loss_weights='{"nonsense": 2}')
 
 
 def test_batches_that_nothing_would_read_are_refused(tmp_path):

@@ -138,19 +138,36 @@ class ULMRecTrainer(Trainer):
         args.gradient_accumulation_steps = 1  # the passes of a step take its place
         with args.main_process_first(desc="tokenizing"):
             if train_dataset is not None:
-                train_dataset = tokenize_rows(train_dataset, processing_class, weights=args.loss_weights)
+                train_dataset = tokenize_rows(train_dataset, processing_class)
             if eval_dataset is not None:
                 eval_dataset = self._evaluation_rows(eval_dataset, processing_class).sort("length")
         super().__init__(
             model,
             args,
-            data_collator=ULMRecCollator(processing_class),
+            data_collator=ULMRecCollator(processing_class, self._task_weights(train_dataset, args.loss_weights)),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             **kwargs,
         )
         self.loss_is_scaled_for_ga = True  # `compute_loss` divides by the rows of the whole step
+
+    @staticmethod
+    def _task_weights(rows: Dataset | None, weights: Mapping[str, float]) -> list[float] | None:
+        """The weight of each task by its number; None where all are 1."""
+        if rows is None or not weights:
+            return None
+        if "task" not in rows.features:
+            raise ValueError(f"loss_weights is {weights}, but the training rows have no column task: leave it out.")
+        return [weights.get(name, 1.0) for name in rows.features["task"].names]
+
+    def loss_shares(self) -> dict[str, float]:
+        """How much of the loss each task of the training rows is, by name: its completions' tokens times its weight."""
+        rows = self.train_dataset
+        names = rows.features["task"].names
+        tokens = np.bincount(rows["task"], rows["completion_length"], minlength=len(names))
+        weighed = tokens * (self.data_collator.task_weights or 1.0)
+        return {name: float(share) for name, share in zip(names, weighed / weighed.sum(), strict=True)}
 
     def _evaluation_rows(self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
         """The rows tokenised, after they have given the verbalizer where there is none yet."""

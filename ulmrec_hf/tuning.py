@@ -1,6 +1,7 @@
 """Tuning the systems of a run as stages: from rendered tasks to scored models, resumed after a kill."""
 
 import copy
+import logging
 import math
 import shutil
 from collections.abc import Mapping, Sequence
@@ -36,6 +37,7 @@ from .tokenization_user import UserTokenizer
 from .trainer import ULMRecTrainer, ULMRecTrainingArguments
 from .verbalizer import LetterVerbalizer
 
+logger = logging.getLogger(__name__)
 # Settings that decide what a tuned model is; the others (logging, workers, devices) may differ when a run is resumed.
 TUNING_SETTINGS = (
     "learning_rate",
@@ -224,7 +226,10 @@ def _build(tuning: Tuning, scored: Sequence[System], publish: Publisher | None, 
     trainer = _make_trainer(tuning, model, folder / "checkpoints", rows)
     # every system of a run draws the same numbers, whatever was made before it
     set_seed(training.seed)
+    shares = {}
     if "train" in rows:
+        shares = {name: round(share, 4) for name, share in trainer.loss_shares().items() if share}
+        logger.info("Shares of the tasks in the loss of %s: %s", scored[0].name, shares)
         trainer.train(resume_from_checkpoint=last_checkpoint(folder / "checkpoints"))
     history = [
         {name: value for name, value in entry.items() if name in _LOGGED or "@" in name}
@@ -236,7 +241,8 @@ def _build(tuning: Tuning, scored: Sequence[System], publish: Publisher | None, 
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     state = trainer.accelerator.get_state_dict(trainer.model) if sharded else None
     if training.process_index == 0:
-        record = {"system": scored[0].name, "best_metric": trainer.state.best_metric, "history": history}
+        record = {"system": scored[0].name, "best_metric": trainer.state.best_metric, "loss_shares": shares}
+        record["history"] = history
         write_json(folder / "training.json", record)
         write_table(folder / "predictions.parquet", pa.concat_tables(predictions))
         if publish is not None:

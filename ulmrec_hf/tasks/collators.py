@@ -12,41 +12,30 @@ if TYPE_CHECKING:
 IGNORED = -100  # the label of a token that carries no loss
 
 
-def tokenize_rows(
-    dataset: "Dataset",
-    tokenizer: "PreTrainedTokenizerBase",
-    *,
-    evaluation: bool = False,
-    weights: Mapping[str, float] | None = None,
-) -> "Dataset":
+def tokenize_rows(dataset: "Dataset", tokenizer: "PreTrainedTokenizerBase", *, evaluation: bool = False) -> "Dataset":
     """Tokenises a dataset's prompts and completions once, so that a training step only pads.
 
     Args:
-        dataset: columns prompt and completion, and with weights task; for evaluation prompt, label and candidates.
-        weights: how much a completion token of a task counts; 1 where a task has none.
+        dataset: columns prompt and completion; for evaluation prompt, label and candidates.
 
     Returns:
-        For training: input_ids (prompt, completion, end token), completion_length (the end token counted), length.
-        With weights, also weight.
+        For training: input_ids (prompt, completion, end token), completion_length (the end token counted), length, and
+        task where the dataset has it.
         For evaluation: input_ids (the prompt), label, num_candidates, length. `length` serves grouping by length.
     """
-    by_task = [weights.get(name, 1.0) for name in dataset.features["task"].names] if weights else None
     return dataset.map(
         tokenize_batch,
         batched=True,
-        remove_columns=dataset.column_names,
-        fn_kwargs={"tokenizer": tokenizer, "evaluation": evaluation, "weights": by_task},
+        remove_columns=[name for name in dataset.column_names if name != "task" or evaluation],
+        fn_kwargs={"tokenizer": tokenizer, "evaluation": evaluation},
         desc="Tokenizing",
     )
 
 
 def tokenize_batch(
-    rows: Mapping[str, Sequence],
-    tokenizer: "PreTrainedTokenizerBase",
-    evaluation: bool = False,
-    weights: Sequence[float] | None = None,
+    rows: Mapping[str, Sequence], tokenizer: "PreTrainedTokenizerBase", evaluation: bool = False
 ) -> dict[str, list]:
-    """`tokenize_rows` for a dict of columns, `weights` being those of the tasks by number.
+    """`tokenize_rows` for a dict of columns.
 
     Prompt and completion are tokenised as one text, because a letter alone may be another token than the same letter
     after the prompt (Llama-2: 319 and 29909). The prompt's own tokens must be the beginning of that text's tokens: they
@@ -76,14 +65,13 @@ def tokenize_batch(
                 f"differently when the completion {completion[:20]!r} follows: end the prompt template with a newline, "
                 "and use a tokenizer that adds no end token by itself."
             )
-    columns = {
+    return {
         "input_ids": [[*joint, end] for joint in joint_ids],
         "completion_length": [
             len(joint) + 1 - len(before) for before, joint in zip(prompt_ids, joint_ids, strict=True)
         ],
         "length": [len(joint) + 1 for joint in joint_ids],
     }
-    return columns | ({"weight": [weights[task] for task in rows["task"]]} if weights else {})
 
 
 class ULMRecCollator:
@@ -94,19 +82,23 @@ class ULMRecCollator:
     learned positions need.
 
     A training batch holds `labels` [batch, k] and `logits_to_keep` = k, where k is the longest completion and its end
-    token plus one: the model computes logits at the last k positions only, since no other carries loss. Rows with a
-    `weight` also give `weights`, float32 [batch].
+    token plus one: the model computes logits at the last k positions only, since no other carries loss. With
+    `task_weights` it also holds `weights`, float32 [batch].
     An evaluation batch holds `labels` [batch], the target's place among the candidates (-1 = a miss), and
     `num_candidates` [batch]. All others are int64.
+
+    Args:
+        tokenizer: pads.
+        task_weights: how much a row counts, by the number in its column `task`.
 
     Raises:
         ValueError: the tokenizer has no pad token.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", task_weights: Sequence[float] | None = None):
         if tokenizer.pad_token_id is None:
             raise ValueError(f"The tokenizer {tokenizer.name_or_path!r} has no pad token: set pad_token.")
-        self.tokenizer = tokenizer
+        self.tokenizer, self.task_weights = tokenizer, task_weights
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if "input_ids" not in rows[0]:
@@ -132,6 +124,6 @@ class ULMRecCollator:
         outside = torch.arange(keep) < keep - lengths[:, None]
         batch["labels"] = input_ids[:, -keep:].masked_fill(outside, IGNORED)
         batch["logits_to_keep"] = keep
-        if "weight" in rows[0]:
-            batch["weights"] = torch.tensor([row["weight"] for row in rows])
+        if self.task_weights is not None:
+            batch["weights"] = torch.tensor([float(self.task_weights[row["task"]]) for row in rows])
         return batch
