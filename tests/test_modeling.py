@@ -109,9 +109,9 @@ def train(model, tokenizer, steps: int = 3) -> None:
 
 
 def letter_scores(model, tokenizer, prompt: str = PROMPT) -> torch.Tensor:
-    verbalizer = LetterVerbalizer(tokenizer, prompt, 3)
-    with torch.no_grad():
-        return verbalizer.scores(model(torch.tensor([tokenizer(prompt)["input_ids"]])).logits[:, -1])[0]
+    return LetterVerbalizer(tokenizer, prompt, 3).scores(
+        model, {"input_ids": torch.tensor([tokenizer(prompt)["input_ids"]])}
+    )[0]
 
 
 @pytest.fixture(scope="session")

@@ -272,15 +272,13 @@ class UserRanker:
     @torch.inference_mode()
     def letter_scores(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> np.ndarray:
         """Logits float32 [batch, letters] at the last position of a batch padded on the left."""
-        attention_mask = attention_mask.to(self.model.device)
-        logits = self.model(
-            input_ids=input_ids.to(self.model.device),
-            attention_mask=attention_mask,
-            position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
-            logits_to_keep=1,
-            use_cache=False,
-        ).logits[:, -1]
-        return self._verbalizer.scores(logits).cpu().numpy()
+        batch = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": (attention_mask.cumsum(1) - 1).clamp(min=0),
+        }
+        batch = {name: values.to(self.model.device) for name, values in batch.items()}
+        return self._verbalizer.scores(self.model, batch).cpu().numpy()
 
     def _render(self, user: str, history: Sequence[str], candidates: Sequence[str]) -> str:
         fields = {"history": render_history(history), "candidates": render_candidates(candidates)}

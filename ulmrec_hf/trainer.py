@@ -145,9 +145,8 @@ class ULMRecTrainer(Trainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
         labels, counts = inputs.pop("labels"), inputs.pop("num_candidates")
-        with torch.no_grad(), self.compute_loss_context_manager():
-            logits = model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1]
-        scores = self.verbalizer.scores(logits)
+        with self.compute_loss_context_manager():
+            scores = self.verbalizer.scores(model, inputs)
         beyond = torch.arange(scores.shape[1], device=scores.device) >= counts[:, None]
         scores = scores.masked_fill(beyond, -torch.inf)
         hits = labels != MISS
