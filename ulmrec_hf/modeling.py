@@ -180,16 +180,22 @@ def add_adapter(
     """Wraps what `load_model` returned so that only LoRA weights and the user tokens' rows are trained.
 
     Rows of the input embeddings and, where untied, of the output layer are trained: two of the tasks answer with user
-    tokens. Without user tokens no row is. With `use_peft: false` the model is returned as it is, all of it trainable.
+    tokens. An output layer with a bias (Phi) keeps the rows it was given: peft would leave out the bias. Without user
+    tokens no row is trained. With `use_peft: false` the model is returned as it is, all of it trainable.
 
     Args:
-        model_config: the `lora_*` settings are read.
+        model_config: the `lora_*` settings are read; without lora_target_modules LoRA goes where peft says for the
+            model's family, or to all linear layers of a family that it does not know.
         tokenizer: which rows are the user tokens'.
         seed: of LoRA's initial weights.
+
+    Raises:
+        ValueError: lora_target_modules names nothing in this model, or its tied embeddings have an output bias.
     """
     if not model_config.use_peft:
         return model
     from peft import get_peft_model, prepare_model_for_kbit_training
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     from trl import get_peft_config
 
     if getattr(model, "quantization_method", None) is not None:
@@ -198,12 +204,21 @@ def add_adapter(
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     rows = [index for level in tokenizer.user_token_ids for index in level]
     config = get_peft_config(model_config)
+    if not config.target_modules and model.config.model_type not in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
+        config.target_modules = "all-linear"
     if rows:
-        config.trainable_token_indices = dict.fromkeys(_embeddings(model), rows)
+        config.trainable_token_indices = dict.fromkeys(_trainable_embeddings(model), rows)
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
-        return get_peft_model(model, config)
+        try:
+            return get_peft_model(model, config)
+        except ValueError as error:
+            names = {name.rpartition(".")[2] for name, module in model.named_modules() if not [*module.children()]}
+            raise ValueError(
+                f"The adapter could not be put on the {model.config.model_type} model; check lora_target_modules "
+                f"(all-linear, or any of the matrices among {', '.join(sorted(names))}). {error}"
+            ) from error
 
 
 def load_user_tokenizer(
@@ -227,6 +242,20 @@ def _embeddings(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
     if output is not None and output.weight is not modules[0].weight:
         modules.append(output)
     return {name.rpartition(".")[2]: module for name, module in model.named_modules() if module in modules}
+
+
+def _trainable_embeddings(model: PreTrainedModel) -> list[str]:
+    """The names of `_embeddings` whose rows peft can train; it multiplies with them without the layer's bias."""
+    names, output = _embeddings(model), model.get_output_embeddings()
+    if getattr(output, "bias", None) is None:
+        return list(names)
+    if output not in names.values():
+        raise ValueError(
+            f"The {model.config.model_type} model has a bias on an output layer that is tied to its embeddings, which "
+            "the rows of user tokens cannot be trained with: choose another base, use_peft false, or an index_kind "
+            "that is plain text."
+        )
+    return [name for name, module in names.items() if module is not output]
 
 
 def load_causal_lm(name_or_path: str, **arguments: Any) -> PreTrainedModel:
