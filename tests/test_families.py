@@ -92,6 +92,7 @@ def test_a_family_is_tuned_published_and_reloaded(family, quantised, tmp_path, m
     rows = {name: weight.detach().clone() for name, weight in model.named_parameters() if "trainable_tokens" in name}
     tune(model, tokenizer, tmp_path / "work", prompts)
     assert rows and all((weight != model.get_parameter(name)).any() for name, weight in rows.items())
+    assert all(weight.any() for name, weight in model.named_parameters() if "lora_B" in name)  # they start as zeros
     expected = UserRanker(model, tokenizer).scores(prompts, 3)
     assert np.abs(expected - untuned).max() > 0.01 and expected.std(1).min() > 0.01
     published = Published(model.base_source, {"num_candidates": 3}, merged=True)

@@ -4,6 +4,7 @@ Where a base may be saved, it is extended by the user tokens once and saved besi
 the hub is extended in memory. Either way an adapter holds the user tokens' rows of the embeddings, not whole matrices.
 """
 
+import copy
 import os
 from dataclasses import dataclass
 from importlib import resources
@@ -136,9 +137,24 @@ def load_model(
             raise ValueError("load_in_4bit and load_in_8bit tune an adapter only: set use_peft to true.")
         arguments.update(quantization_config=quantization, device_map={"": PartialState().device})
     model = load_causal_lm(name_or_path, **arguments)
+    for module in model.modules() if model.device.type == "cpu" else ():
+        if hasattr(getattr(module, "weight", None), "quant_state"):
+            module.register_forward_pre_hook(_restore_unless_packed)
     if extend_vocabulary(model, tokenizer, name_or_path, seed, revision=revision):
         model.name_or_path = ""
     return model
+
+
+def _restore_unless_packed(module: torch.nn.Module, _: tuple) -> None:
+    """A forward pre-hook for 4-bit weights on a CPU, which keeps them as they were loaded.
+
+    Evaluation packs them in a form that no gradient passes through, bitsandbytes 0.50 leaves them so when training goes
+    on (the layers below would stand still), and unpacking, which saving does, rounds them again.
+    """
+    weight = module.weight
+    data, state = module.__dict__.setdefault("loaded_weight", (weight.data, copy.copy(weight.quant_state)))
+    if module.training or not getattr(weight.quant_state, "packing_format_for_cpu", False):
+        weight.data, weight.quant_state = data, copy.copy(state)
 
 
 def extend_vocabulary(
