@@ -5,15 +5,17 @@ the hub is extended in memory. Either way an adapter holds the user tokens' rows
 """
 
 import copy
+import hashlib
+import json
 import os
 from dataclasses import dataclass
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from .user_index import KINDS, UserIndex
+from .user_index import KINDS, UserIndex, user_tokens
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -21,6 +23,15 @@ if TYPE_CHECKING:
 
     from .tokenization_user import UserTokenizer
 
+_ARCHITECTURE = (
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "tie_word_embeddings",
+)
 EMBEDDED_BASE = "embedded"  # the small Llama that comes with the package
 
 
@@ -137,24 +148,9 @@ def load_model(
             raise ValueError("load_in_4bit and load_in_8bit tune an adapter only: set use_peft to true.")
         arguments.update(quantization_config=quantization, device_map={"": PartialState().device})
     model = load_causal_lm(name_or_path, **arguments)
-    for module in model.modules() if model.device.type == "cpu" else ():
-        if hasattr(getattr(module, "weight", None), "quant_state"):
-            module.register_forward_pre_hook(_restore_unless_packed)
     if extend_vocabulary(model, tokenizer, name_or_path, seed, revision=revision):
         model.name_or_path = ""
     return model
-
-
-def _restore_unless_packed(module: torch.nn.Module, _: tuple) -> None:
-    """A forward pre-hook for 4-bit weights on a CPU, which keeps them as they were loaded.
-
-    Evaluation packs them in a form that no gradient passes through, bitsandbytes 0.50 leaves them so when training goes
-    on (the layers below would stand still), and unpacking, which saving does, rounds them again.
-    """
-    weight = module.weight
-    data, state = module.__dict__.setdefault("loaded_weight", (weight.data, copy.copy(weight.quant_state)))
-    if module.training or not getattr(weight.quant_state, "packing_format_for_cpu", False):
-        weight.data, weight.quant_state = data, copy.copy(state)
 
 
 def extend_vocabulary(
@@ -251,6 +247,24 @@ def load_user_tokenizer(
     return UserTokenizer.from_base(base, levels, codebook_size)
 
 
+def base_fingerprint(name_or_path: str, tokenizer: PreTrainedTokenizerBase, revision: str | None = None) -> str:
+    """A hash of a base's architecture and vocabulary, the same before and after it is extended by the user tokens.
+
+    Args:
+        tokenizer: the tokenizer with the user tokens.
+
+    Raises:
+        ValueError: there is no such model or tokenizer.
+    """
+    config = _from_pretrained(AutoConfig, name_or_path, "configuration", revision=revision).get_text_config()
+    vocabulary = _from_pretrained(AutoTokenizer, name_or_path, "tokenizer", revision=revision).get_vocab()
+    users = {token for level in user_tokens(**tokenizer.init_kwargs["user_index"]) for token in level}
+    # not all fields: new releases add some, and saving changes others
+    described = {name: getattr(config, name, None) for name in _ARCHITECTURE}
+    described["vocabulary"] = sorted((index, token) for token, index in vocabulary.items() if token not in users)
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest()
+
+
 def _embeddings(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
     """The matrices with a row for each token, by the last part of their name: the input's and, untied, the output's."""
     modules = [model.get_input_embeddings()]
@@ -276,7 +290,23 @@ def _trainable_embeddings(model: PreTrainedModel) -> list[str]:
 
 def load_causal_lm(name_or_path: str, **arguments: Any) -> PreTrainedModel:
     """`AutoModelForCausalLM.from_pretrained`; ValueError, naming the setting, where there is no such model."""
-    return _from_pretrained(AutoModelForCausalLM, name_or_path, "model", **arguments)
+    model = _from_pretrained(AutoModelForCausalLM, name_or_path, "model", **arguments)
+    for module in model.modules() if model.device.type == "cpu" else ():
+        if hasattr(getattr(module, "weight", None), "quant_state"):
+            module.register_forward_pre_hook(_restore_unless_packed)
+    return model
+
+
+def _restore_unless_packed(module: torch.nn.Module, _: tuple) -> None:
+    """A forward pre-hook for 4-bit weights on a CPU, which keeps them as they were loaded.
+
+    Evaluation packs them in a form that no gradient passes through, bitsandbytes 0.50 leaves them so when training goes
+    on (the layers below would stand still), and unpacking, which saving does, rounds them again.
+    """
+    weight = module.weight
+    data, state = module.__dict__.setdefault("loaded_weight", (weight.data, copy.copy(weight.quant_state)))
+    if module.training or not getattr(weight.quant_state, "packing_format_for_cpu", False):
+        weight.data, weight.quant_state = data, copy.copy(state)
 
 
 def _from_pretrained(auto_class: type, name_or_path: str, kind: str, **arguments: Any):

@@ -140,10 +140,11 @@ class UserRanker:
         """Loads a published model folder, wherever it was moved.
 
         Args:
-            folder: holds ranker.json and adapter/, base/ or merged/ (the last is used where it exists).
+            folder: holds ranker.json and adapter/, base/ or merged/ (the last is used where it exists, but for models
+                that were tuned on a quantised base).
             base: hub id or folder of the base to put the adapter on, instead of what the adapter names.
             device: where to run; an accelerator if there is one by default.
-            model_kwargs: handed to `AutoModelForCausalLM.from_pretrained`, such as dtype or quantization_config.
+            model_kwargs: instead of the dtype and quantisation of the tuning; see `publishing.load_published`.
 
         Raises:
             ValueError: the folder is no published model, or its base is not there.
@@ -151,9 +152,8 @@ class UserRanker:
         folder = Path(folder)
         record = read_ranker_file(folder)
         settings = {field.name: record[field.name] for field in fields(RankerSettings) if field.name in record}
+        model_kwargs.setdefault("device_map", {"": device or torch.accelerator.current_accelerator() or "cpu"})
         model, tokenizer = load_published(folder, base, **model_kwargs)
-        if getattr(model, "hf_device_map", None) is None:
-            model = model.to(device or (torch.accelerator.current_accelerator() or "cpu"))
         titles = {}
         if (folder / ITEMS_FILE).is_file():
             items = pq.read_table(folder / ITEMS_FILE, columns=["item_id", "title"])
