@@ -112,8 +112,8 @@ def load_published(
 
     Args:
         base: hub id or folder of the base to put the adapter on, instead of the one it names. Without one `merged/` is
-            used where it exists and nothing was quantised: a quantised run reported what the adapter does on its
-            quantised base.
+            used where it exists and everything is computed in float32; elsewhere the adapter on its base, since that is
+            what was reported, and merged weights are rounded otherwise (those of a quantised base are unquantised).
         model_kwargs: handed to `AutoModelForCausalLM.from_pretrained` (dtype, device_map, quantization_config), which
             wins over the tuning: `quantization_config=None` loads unquantised weights, `dtype` also ends the autocast.
 
@@ -125,7 +125,9 @@ def load_published(
     autocast = None if "dtype" in model_kwargs else record.get("autocast")
     quantization = None if "quantization_config" in model_kwargs else record.get("quantization")
     model_kwargs = {"dtype": record["dtype"], **model_kwargs}
-    if base is None and (folder / MERGED).is_dir() and not (quantization and (folder / ADAPTER).is_dir()):
+    # where less than float32 is computed with, merged weights round otherwise than a base and its adapter
+    exact = model_kwargs["dtype"] in ("float32", torch.float32) and not quantization and not autocast
+    if base is None and (folder / MERGED).is_dir() and (exact or not (folder / ADAPTER).is_dir()):
         source, tokenizer = BaseSource(os.fspath(folder / MERGED)), AutoTokenizer.from_pretrained(folder / MERGED)
         model = load_causal_lm(source.path, **model_kwargs)
     else:
