@@ -51,7 +51,14 @@ class ULMRecTrainingArguments(TrainingArguments):
 
 
 def check_processes(args: TrainingArguments) -> None:
-    """Raises ValueError where a launcher started several processes that do not know of each other."""
+    """Raises ValueError where launched processes do not know of each other, or would share one copy of the model."""
+    for name, flag in (("FSDP", "ACCELERATE_USE_FSDP"), ("DeepSpeed", "ACCELERATE_USE_DEEPSPEED")):
+        if os.environ.get(flag, "").lower() in ("1", "true") or getattr(args, name.lower()):
+            raise ValueError(
+                f"{name} would share one copy of the model among processes, in which rows of user tokens are lost "
+                "(DeepSpeed) or tied embeddings cannot be shared (FSDP). Give each process the whole model by "
+                "recipes/accelerate/ddp.yaml; where it does not fit, set load_in_4bit."
+            )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != args.world_size:
         raise ValueError(
