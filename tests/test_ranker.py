@@ -156,9 +156,15 @@ def test_scores_are_the_plain_models(ranker, folder):
 
 
 def test_adapter_on_its_base_scores_as_merged(ranker, folder, tmp_path):
-    shutil.copytree(folder, tmp_path / "model", ignore=shutil.ignore_patterns("merged"))
+    shutil.copytree(folder, tmp_path / "model")
     expected = ranker.rank("u1", history=HISTORY, candidates=CANDIDATES)
+    assert hasattr(ranker.model, "peft_config")  # what was tuned
     shutil.move(tmp_path / "model" / "base", tmp_path / "elsewhere")
+    merged = UserRanker.from_pretrained(tmp_path / "model", device="cpu")
+    assert not hasattr(merged.model, "peft_config")
+    rows = merged.rank("u1", history=HISTORY, candidates=CANDIDATES)
+    np.testing.assert_allclose([row["score"] for row in rows], [row["score"] for row in expected], atol=1e-4)
+    shutil.rmtree(tmp_path / "model" / "merged")
     with pytest.raises(ValueError, match="name it with base="):
         UserRanker.from_pretrained(tmp_path / "model")
     adapted = UserRanker.from_pretrained(tmp_path / "model", base=tmp_path / "elsewhere", device="cpu")
@@ -317,9 +323,8 @@ def test_what_is_loaded_computes_what_was_reported(name, tmp_path, monkeypatch):
         print(name, key, np.abs(values - reported).max())
         assert (np.argsort(-values, kind="stable") == np.argsort(-reported, kind="stable")).all(), key
         np.testing.assert_allclose(values, reported, atol=1e-5)
-    # unless told otherwise: merged/, in float32
+    # unless told otherwise
     plain = UserRanker.from_pretrained(tmp_path / "model", device="cpu", quantization_config=None, dtype="float32")
-    assert not hasattr(plain.model, "peft_config")
     assert np.abs(plain.scores(prompts, 20, batch_size=40) - reported).max() > 1e-3
 
 

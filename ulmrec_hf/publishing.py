@@ -108,12 +108,12 @@ def load_published(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads what `publish_model` wrote for inference, to compute as the tuned model did.
 
-    That is in the same dtype, with the same quantisation and, for `LetterVerbalizer.scores`, under the same autocast.
+    That is the adapter on its base, in the same dtype, with the same quantisation and, for `LetterVerbalizer.scores`,
+    under the same autocast. `merged/` rounds otherwise and is never quantised: it is loaded where there is no adapter,
+    or where the adapter's base/ is not there.
 
     Args:
-        base: hub id or folder of the base to put the adapter on, instead of the one it names. Without one `merged/` is
-            used where it exists and everything is computed in float32; elsewhere the adapter on its base, since that is
-            what was reported, and merged weights are rounded otherwise (those of a quantised base are unquantised).
+        base: hub id or folder of the base to put the adapter on, instead of the one it names.
         model_kwargs: handed to `AutoModelForCausalLM.from_pretrained` (dtype, device_map, quantization_config), which
             wins over the tuning: `quantization_config=None` loads unquantised weights, `dtype` also ends the autocast.
 
@@ -125,9 +125,8 @@ def load_published(
     autocast = None if "dtype" in model_kwargs else record.get("autocast")
     quantization = None if "quantization_config" in model_kwargs else record.get("quantization")
     model_kwargs = {"dtype": record["dtype"], **model_kwargs}
-    # where less than float32 is computed with, merged weights round otherwise than a base and its adapter
-    exact = model_kwargs["dtype"] in ("float32", torch.float32) and not quantization and not autocast
-    if base is None and (folder / MERGED).is_dir() and (exact or not (folder / ADAPTER).is_dir()):
+    usable = (folder / ADAPTER).is_dir() and (record["base"] != BASE or (folder / BASE).is_dir())
+    if base is None and (folder / MERGED).is_dir() and not usable:
         source, tokenizer = BaseSource(os.fspath(folder / MERGED)), AutoTokenizer.from_pretrained(folder / MERGED)
         model = load_causal_lm(source.path, **model_kwargs)
     else:

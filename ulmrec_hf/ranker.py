@@ -140,8 +140,7 @@ class UserRanker:
         """Loads a published model folder, wherever it was moved.
 
         Args:
-            folder: holds ranker.json and adapter/, base/ or merged/ (the last is used where it exists and all is
-                float32; less precise runs reported what the adapter does on its base).
+            folder: holds ranker.json and adapter/, base/ or merged/ (the last is used without the others).
             base: hub id or folder of the base to put the adapter on, instead of what the adapter names.
             device: where to run; an accelerator if there is one by default.
             model_kwargs: instead of the dtype and quantisation of the tuning; see `publishing.load_published`.
