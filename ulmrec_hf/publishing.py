@@ -58,8 +58,6 @@ def publish_model(
     tokenizer: "UserTokenizer",
     folder: str | os.PathLike,
     published: Published,
-    *,
-    state_dict: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Writes what a user loads: `adapter/`, `base/`, `merged/` as far as they apply, and what UserRanker reads.
 
@@ -71,7 +69,6 @@ def publish_model(
         tokenizer: saved with each of the models.
         folder: is made where it is missing.
         published: what is written beside the weights.
-        state_dict: the gathered weights, where the training was sharded.
     """
     folder, source = Path(folder), published.base
     folder.mkdir(parents=True, exist_ok=True)
@@ -85,11 +82,11 @@ def publish_model(
     if adapted:
         if source.extended and Path(source.path).resolve() != (folder / BASE).resolve():
             shutil.copytree(source.path, folder / BASE, dirs_exist_ok=True)
-        _save_adapter(model, tokenizer, folder / ADAPTER, name, revision, state_dict)
+        _save_adapter(model, tokenizer, folder / ADAPTER, name, revision)
         if published.merged:
             _save_merged(folder / ADAPTER, source, tokenizer, folder / MERGED, _merged_dtype(model, dtype))
     else:
-        model.save_pretrained(folder / MERGED, state_dict=state_dict)
+        model.save_pretrained(folder / MERGED)
         tokenizer.save_pretrained(folder / MERGED)
     for target, file in published.files.items():
         if file is not None and Path(file).resolve() != (folder / target).resolve():
@@ -211,9 +208,8 @@ def _save_adapter(
     folder: Path,
     base: str,
     revision: str | None,
-    state_dict: Mapping[str, torch.Tensor] | None,
 ) -> None:
-    model.save_pretrained(folder, save_embedding_layers=False, state_dict=state_dict)
+    model.save_pretrained(folder, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # peft's card names the base by its path on this machine
     tokenizer.save_pretrained(folder)
     path = folder / "adapter_config.json"
