@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     from ulmrec_hf.trainer import ULMRecTrainer
 
     rows = load_dataset(args.tasks, "next_item", split=args.split)
-    model, tokenizer = load_published(args.model, args.base)
+    model, tokenizer = load_published(args.model, args.base, device_map={"": training.device})
     scores = ULMRecTrainer(model, training, processing_class=tokenizer).rank(rows)
     if training.process_index == 0:
         counts = np.array([len(candidates) for candidates in rows["candidates"]])

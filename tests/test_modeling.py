@@ -109,9 +109,9 @@ def train(model, tokenizer, steps: int = 3) -> None:
 
 
 def letter_scores(model, tokenizer, prompt: str = PROMPT) -> torch.Tensor:
-    verbalizer = LetterVerbalizer(tokenizer, prompt, 3)
-    with torch.no_grad():
-        return verbalizer.scores(model(torch.tensor([tokenizer(prompt)["input_ids"]])).logits[:, -1])[0]
+    return LetterVerbalizer(tokenizer, prompt, 3).scores(
+        model, {"input_ids": torch.tensor([tokenizer(prompt)["input_ids"]])}
+    )[0]
 
 
 @pytest.fixture(scope="session")
@@ -341,6 +341,52 @@ def test_base_that_is_not_saved_is_put_in_later(bases, user_tokenizer, tmp_path)
     torch.testing.assert_close(letter_scores(*load_published(folder, base=private)), expected, atol=1e-4, rtol=0)
     shutil.move(private, folder / "base")
     torch.testing.assert_close(letter_scores(*load_published(folder)), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("other", ["architecture", "vocabulary"])
+def test_an_adapter_is_refused_on_another_base(other, published, bases, tmp_path):
+    folder = published["folder"] / "tied"
+    record = json.loads((folder / "ranker.json").read_text())
+    wrong = shutil.copytree(bases[True], tmp_path / "wrong")
+    if other == "architecture":
+        wrong = bases[False]  # untied, else the same
+    else:
+        file = wrong / "tokenizer.json"
+        content = json.loads(file.read_text())
+        first, second = sorted(content["model"]["vocab"], key=content["model"]["vocab"].get)[40:42]
+        vocabulary = content["model"]["vocab"]
+        vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+        file.write_text(json.dumps(content))
+    message = (
+        rf"base '{wrong}' has another architecture or vocabulary .* adapter in {folder} was tuned on \('base' in its"
+    )
+    with pytest.raises(ValueError, match=message):
+        load_published(folder, base=wrong)
+    # the base without the user tokens is the same base, in whatever dtype
+    LlamaForCausalLM.from_pretrained(bases[True]).bfloat16().save_pretrained(tmp_path / "narrow")
+    make_tokenizer().save_pretrained(tmp_path / "narrow")
+    load_published(folder, base=tmp_path / "narrow")
+    # what older versions published names no base
+    old = shutil.copytree(folder, tmp_path / "old")
+    for name in ("base_fingerprint", "quantization", "autocast"):
+        record.pop(name)
+    (old / "ranker.json").write_text(json.dumps(record))
+    load_published(old, base=wrong)
+    model, tokenizer = load_published(old)
+    torch.testing.assert_close(letter_scores(model, tokenizer), published["scores"]["tied"], atol=1e-4, rtol=0)
+
+
+def test_modules_that_the_model_lacks_are_named(bases, user_tokenizer):
+    model_config = lora_config(lora_target_modules=["query_key_value"])
+    with pytest.raises(ValueError, match=r"llama model; check lora_target_modules \(all-linear, .*q_proj.*v_proj"):
+        add_adapter(load_model(str(bases[True]), model_config, user_tokenizer), model_config, user_tokenizer)
+
+
+def test_tied_embeddings_with_an_output_bias_are_refused(bases, user_tokenizer):
+    model = load_model(str(bases[True]), lora_config(), user_tokenizer)
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(len(user_tokenizer)))
+    with pytest.raises(ValueError, match="bias on an output layer that is tied to its embeddings"):
+        add_adapter(model, lora_config(), user_tokenizer)
 
 
 def test_checkpoint_of_a_base_extended_in_memory_resumes(bases, user_tokenizer, tmp_path):

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 import ulmrec_hf
+from ulmrec_hf.trainer import ULMRecTrainingArguments, check_processes
 
 ROOT = Path(__file__).resolve().parents[1]
 ACCELERATE = sorted((ROOT / "recipes" / "accelerate").rglob("*.yaml"))
@@ -76,7 +77,7 @@ def test_an_unknown_name_is_an_attribute_error():
 
 def test_the_shipped_accelerate_settings_are_all_there():
     names = {path.stem for path in ACCELERATE}
-    assert names == {"cpu", "cpu_2", "single_gpu", "ddp", "fsdp2", "deepspeed_zero3"}
+    assert names == {"cpu", "cpu_2", "single_gpu", "ddp"}
 
 
 @pytest.mark.parametrize("path", ACCELERATE, ids=lambda path: path.stem)
@@ -87,10 +88,19 @@ def test_accelerate_settings_load(path):
     written = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert config.num_processes == written["num_processes"] >= 1
     assert config.distributed_type.value == written["distributed_type"]
-    if path.stem == "fsdp2":
-        assert config.fsdp_config["fsdp_version"] == 2
-    if path.stem == "deepspeed_zero3":
-        assert config.deepspeed_config["zero_stage"] == 3
+
+
+@pytest.mark.parametrize("name", ["FSDP", "DeepSpeed"])
+def test_a_launcher_that_splits_the_model_is_refused_by_name(name, tmp_path, monkeypatch):
+    args = ULMRecTrainingArguments(str(tmp_path), use_cpu=True, eval_strategy="no", load_best_model_at_end=False)
+    check_processes(args)
+    with monkeypatch.context() as patch:  # what `accelerate launch` tells its processes
+        patch.setenv(f"ACCELERATE_USE_{name.upper()}", "true")
+        with pytest.raises(ValueError, match=rf"{name} would share one copy .* recipes/accelerate/ddp.yaml"):
+            check_processes(args)
+    setattr(args, name.lower(), "settings.json")  # what the command line tells the Trainer
+    with pytest.raises(ValueError, match=name):
+        check_processes(args)
 
 
 def test_cpu_2_starts_two_processes_that_know_each_other(tmp_path):

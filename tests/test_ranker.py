@@ -8,11 +8,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig
 
+from tests.small_run import ROOT, SMALL, launch, load_recipe
 from tests.tiny_llama import make_base
-from ulmrec_hf.modeling import BaseSource, add_adapter, extend_base, load_model
+from ulmrec_hf import Recommender, ULMRecTrainer, ULMRecTrainingArguments
+from ulmrec_hf.modeling import BaseSource, add_adapter, extend_base, load_base, load_model
 from ulmrec_hf.publishing import Published, publish_model
 from ulmrec_hf.ranker import RankerSettings, UserRanker, UserRankingPipeline
 from ulmrec_hf.tables import LeaveOneOut
@@ -153,9 +156,15 @@ def test_scores_are_the_plain_models(ranker, folder):
 
 
 def test_adapter_on_its_base_scores_as_merged(ranker, folder, tmp_path):
-    shutil.copytree(folder, tmp_path / "model", ignore=shutil.ignore_patterns("merged"))
+    shutil.copytree(folder, tmp_path / "model")
     expected = ranker.rank("u1", history=HISTORY, candidates=CANDIDATES)
+    assert hasattr(ranker.model, "peft_config")  # what was tuned
     shutil.move(tmp_path / "model" / "base", tmp_path / "elsewhere")
+    merged = UserRanker.from_pretrained(tmp_path / "model", device="cpu")
+    assert not hasattr(merged.model, "peft_config")
+    rows = merged.rank("u1", history=HISTORY, candidates=CANDIDATES)
+    np.testing.assert_allclose([row["score"] for row in rows], [row["score"] for row in expected], atol=1e-4)
+    shutil.rmtree(tmp_path / "model" / "merged")
     with pytest.raises(ValueError, match="name it with base="):
         UserRanker.from_pretrained(tmp_path / "model")
     adapted = UserRanker.from_pretrained(tmp_path / "model", base=tmp_path / "elsewhere", device="cpu")
@@ -264,3 +273,74 @@ def test_a_map_whose_ids_are_spelled_alike_is_refused(ranker):
     alike = UserIndex(["a b", "a  b"], np.array([[1, 2], [3, 4]]), 16, "id")
     with pytest.raises(ValueError, match="users 'a b' and 'a  b' are both spelled 'a b'"):
         UserRanker(ranker.model, ranker.tokenizer, ranker.settings, user_index=alike)
+
+
+# ---------------------------------------------------------------- what is published is what was reported
+
+
+ARITHMETIC = {
+    "nf4": ({"load_in_4bit": True, "use_bnb_nested_quant": True}, False),
+    "nf4 bfloat16": ({"load_in_4bit": True, "dtype": "bfloat16"}, True),
+    "int8": ({"load_in_8bit": True}, False),
+    "bfloat16": ({"dtype": "bfloat16"}, False),
+    "autocast": ({}, True),
+}
+
+
+@pytest.mark.parametrize("name", ARITHMETIC)
+def test_what_is_loaded_computes_what_was_reported(name, tmp_path, monkeypatch):
+    settings, bf16 = ARITHMETIC[name]
+    users = UserIndex(["u1", "u2"], np.array([[1, 2], [3, 4]]), 16)
+    source = make_base(tmp_path / "source", tied=True, positions=512)
+    model, tokenizer = load_base(str(source), users, lora_r=4, lora_alpha=16, **settings)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if "lora_B" in parameter_name:
+                torch.nn.init.normal_(parameter, std=0.1)
+    args = {"use_cpu": True, "bf16": bf16, "eval_strategy": "no", "load_best_model_at_end": False}
+    args = ULMRecTrainingArguments(str(tmp_path / "out"), per_device_eval_batch_size=40, disable_tqdm=True, **args)
+    trainer = ULMRecTrainer(model, args, processing_class=tokenizer)
+    prompts = [f"### User:\n<a_{row % 16}>\n- {'red soap ' * (row % 7)}\n### Answer:\n" for row in range(40)]
+    rows = Dataset.from_dict({"prompt": prompts, "label": [0] * 40, "candidates": [list(range(20))] * 40})
+    reported = trainer.rank(rows)
+    ranker = UserRanker(trainer.accelerator.unwrap_model(trainer.model), tokenizer, user_index=users)
+    ranker.save_pretrained(tmp_path / "model", merged=True)
+
+    loaded = UserRanker.from_pretrained(tmp_path / "model", device="cpu")
+    loaded.save_pretrained(tmp_path / "again")
+    rankers = {"saved": ranker, "loaded": loaded, "again": UserRanker.from_pretrained(tmp_path / "again", device="cpu")}
+    scores = {key: each.scores(prompts, 20, batch_size=40) for key, each in rankers.items()}
+    recipe, seen = load_recipe("evaluate_ranker"), []
+    rows.to_parquet(tmp_path / "tasks" / "next_item" / "test-0.parquet")
+    (tmp_path / "tasks" / "README.md").write_text(
+        "---\nconfigs:\n- config_name: next_item\n  data_files:\n  - {split: test, path: next_item/*}\n---\n"
+    )
+    monkeypatch.setattr("ulmrec_hf.results.write_ranker_report", lambda *args: seen.append(args[2]))
+    argv = ["--model", str(tmp_path / "model"), "--tasks", str(tmp_path / "tasks"), "--use_cpu", "true"]
+    recipe.main([*argv, "--output_dir", str(tmp_path / "report"), "--per_device_eval_batch_size", "40"])
+    scores["recipe"] = seen[0]
+    for key, values in scores.items():
+        print(name, key, np.abs(values - reported).max())
+        assert (np.argsort(-values, kind="stable") == np.argsort(-reported, kind="stable")).all(), key
+        np.testing.assert_allclose(values, reported, atol=1e-5)
+    # unless told otherwise
+    plain = UserRanker.from_pretrained(tmp_path / "model", device="cpu", quantization_config=None, dtype="float32")
+    assert np.abs(plain.scores(prompts, 20, batch_size=40) - reported).max() > 1e-3
+
+
+@pytest.mark.slow
+def test_every_loader_gives_the_order_that_a_4_bit_run_reported(prepared, small_settings, tmp_path):
+    argv = ["--config", str(small_settings), "--output_dir", str(prepared), *SMALL, "--ablations", "index_only"]
+    argv += ["--load_in_4bit", "true", "--save_merged", "true"]
+    done = launch([str(ROOT / "recipes" / "finetune.py"), *argv])
+    assert done.returncode == 0, done.stderr[-500:]
+    folder = shutil.move(prepared / "model", tmp_path / "moved")
+    kept = [("system", "==", "ulmrec"), ("split", "==", "test")]
+    reported = np.stack(
+        pq.read_table(folder / "predictions.parquet", filters=kept).sort_by("user")["scores"].to_pylist()
+    )
+    rows = pq.read_table(next((prepared / "data" / "tasks" / "next_item").glob("test-*.parquet"))).sort_by("user")
+    for loader in (UserRanker, Recommender):
+        ranker = loader.from_pretrained(folder, device="cpu")
+        scores = getattr(ranker, "ranker", ranker).scores(rows["prompt"].to_pylist(), reported.shape[1])
+        assert (np.argsort(-scores, axis=1, kind="stable") == np.argsort(-reported, axis=1, kind="stable")).all()

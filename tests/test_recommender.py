@@ -47,7 +47,9 @@ def test_it_gives_what_the_stages_gave(recommender, test_requests, run_folder):
     for user, rows in enumerate(results):
         offered = [recommender.data.item_ids[item - 1] for item in candidates[user]["items"]]
         letters = np.array(predictions[user])
-        assert [row["item_id"] for row in rows] == [offered[place] for place in np.argsort(-letters, kind="stable")]
+        assert sorted(row["item_id"] for row in rows) == sorted(offered)
+        ordered = letters[[offered.index(row["item_id"]) for row in rows]]
+        assert (np.diff(ordered) < 1e-4).all()  # letters that are closer may change places with the batches
         scores = {row["item_id"]: row for row in rows}
         assert [scores[item]["ranker_score"] for item in offered] == pytest.approx(letters.tolist(), abs=1e-4)
         assert [scores[item]["retriever_score"] for item in offered] == candidates[user]["scores"]

@@ -1,9 +1,13 @@
+import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tests.byte_bpe import byte_bpe
+from tests.tiny_llama import make_base
+from ulmrec_hf import ULMRecTrainer, ULMRecTrainingArguments, UserIndex, UserRanker, load_base
 from ulmrec_hf.verbalizer import LETTERS, LetterVerbalizer
 
 PROMPT = "### Candidates:\nA. soap\nB. brush\n\n### Response:\n"
@@ -32,15 +36,6 @@ def test_ids_follow_the_prompt(count):
     verbalizer = LetterVerbalizer(tokenizer, PROMPT, count)
     assert len(set(verbalizer.ids)) == count
     assert tokenizer.convert_ids_to_tokens(verbalizer.ids) == list(LETTERS[:count])
-
-
-def test_scores_are_the_letters_logits_in_float32():
-    verbalizer = LetterVerbalizer(byte_level(), PROMPT, 5)
-    logits = torch.randn(3, 256, dtype=torch.bfloat16)
-    scores = verbalizer.scores(logits)
-    assert scores.shape == (3, 5)
-    assert scores.dtype == torch.float32
-    torch.testing.assert_close(scores[:, 2], logits[:, verbalizer.ids[2]].float())
 
 
 def test_a_letter_that_merges_with_the_end_of_the_prompt():
@@ -76,6 +71,81 @@ def test_letters_that_are_folded_together():
 def test_more_candidates_than_letters(count):
     with pytest.raises(ValueError, match=f"num_candidates must be 1 to 52.*got {count}"):
         LetterVerbalizer(byte_level(), PROMPT, count)
+
+
+# ---------------------------------------------------------------- the letters' logits
+
+USERS = UserIndex(["u1", "u2"], np.array([[1, 2], [3, 4]]), 8)
+ASKED = ["### User:\n<a_1><b_2>\n### Answer:\n", *(f"{number} red soap\n### Answer:\n" for number in range(40))]
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    return {tied: make_base(tmp_path_factory.mktemp("bases") / str(tied), tied=tied) for tied in (True, False)}
+
+
+def batch_of(tokenizer) -> dict[str, torch.Tensor]:
+    batch = tokenizer(ASKED, padding=True, padding_side="left", return_tensors="pt")
+    return {**batch, "position_ids": (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)}
+
+
+def ties(scores: torch.Tensor) -> float:
+    """The share of rows in which two letters tie."""
+    return np.mean([len(set(row)) < len(row) for row in scores.tolist()])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("computed", ["bfloat16", "autocast", "no adapter", "soft caps"])
+def test_letter_logits_are_float32_products_without_ties(computed, tied, bases):
+    dtype = "float32" if computed == "autocast" else "bfloat16"
+    model, tokenizer = load_base(str(bases[tied]), USERS, use_peft=computed != "no adapter", dtype=dtype)
+    model.eval()
+    if computed == "autocast":
+        model.autocast = "bfloat16"
+    head, capped = model.get_output_embeddings(), lambda logits: logits
+    if computed == "soft caps":  # as Gemma 2 does after its output layer
+        plain, capped = model.get_base_model(), lambda logits: 3 * torch.tanh(logits / 3)
+        forward = plain.forward
+
+        def cap(**inputs):
+            output = forward(**inputs)
+            output.logits = capped(output.logits)
+            return output
+
+        plain.forward = cap
+    seen = []
+    hook = head.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
+    verbalizer = LetterVerbalizer(tokenizer, "### Answer:\n", 52)
+    scores = verbalizer.scores(model, batch_of(tokenizer))
+    hook.remove()
+    hidden, own = seen[0]
+    assert own.dtype == torch.bfloat16 and ties(own[:, -1, verbalizer.ids].float()) > 0.1
+    assert scores.dtype == torch.float32 and scores.shape == (41, 52) and not scores.requires_grad
+    assert ties(scores) == 0
+    expected = capped(hidden[:, -1].float() @ head.weight[verbalizer.ids].float().T)
+    torch.testing.assert_close(scores, expected, atol=1e-5, rtol=0)
+    assert not head._forward_hooks  # nothing is left on the model
+
+
+def test_an_output_layer_with_lora_keeps_its_own_product(bases):
+    model, tokenizer = load_base(str(bases[False]), lora_target_modules=["q_proj", "lm_head"])
+    torch.nn.init.normal_(model.get_output_embeddings().lora_B["default"].weight)
+    verbalizer, batch = LetterVerbalizer(tokenizer, "### Answer:\n", 5), batch_of(tokenizer)
+    with torch.no_grad():
+        expected = model.eval()(**batch).logits[:, -1, verbalizer.ids]
+    torch.testing.assert_close(verbalizer.scores(model, batch), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_trainer_and_ranker_give_the_same_bits(dtype, bases, tmp_path):
+    model, tokenizer = load_base(str(bases[True]), USERS, dtype=dtype)
+    args = {"use_cpu": True, "bf16": dtype == "float32", "eval_strategy": "no", "load_best_model_at_end": False}
+    args |= {"per_device_eval_batch_size": len(ASKED), "disable_tqdm": True}
+    trainer = ULMRecTrainer(model, ULMRecTrainingArguments(str(tmp_path), **args), processing_class=tokenizer)
+    rows = {"prompt": ASKED, "label": [0] * len(ASKED), "candidates": [list(range(20))] * len(ASKED)}
+    scores = trainer.rank(Dataset.from_dict(rows))
+    ranker = UserRanker(trainer.accelerator.unwrap_model(trainer.model), tokenizer)
+    assert (ranker.scores(ASKED, 20, batch_size=len(ASKED)) == scores).all()
 
 
 @pytest.mark.data

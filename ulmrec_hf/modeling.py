@@ -4,15 +4,18 @@ Where a base may be saved, it is extended by the user tokens once and saved besi
 the hub is extended in memory. Either way an adapter holds the user tokens' rows of the embeddings, not whole matrices.
 """
 
+import copy
+import hashlib
+import json
 import os
 from dataclasses import dataclass
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from .user_index import KINDS, UserIndex
+from .user_index import KINDS, UserIndex, user_tokens
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -20,6 +23,15 @@ if TYPE_CHECKING:
 
     from .tokenization_user import UserTokenizer
 
+_ARCHITECTURE = (
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "tie_word_embeddings",
+)
 EMBEDDED_BASE = "embedded"  # the small Llama that comes with the package
 
 
@@ -180,16 +192,22 @@ def add_adapter(
     """Wraps what `load_model` returned so that only LoRA weights and the user tokens' rows are trained.
 
     Rows of the input embeddings and, where untied, of the output layer are trained: two of the tasks answer with user
-    tokens. Without user tokens no row is. With `use_peft: false` the model is returned as it is, all of it trainable.
+    tokens. An output layer with a bias (Phi) keeps the rows it was given: peft would leave out the bias. Without user
+    tokens no row is trained. With `use_peft: false` the model is returned as it is, all of it trainable.
 
     Args:
-        model_config: the `lora_*` settings are read.
+        model_config: the `lora_*` settings are read; without lora_target_modules LoRA goes where peft says for the
+            model's family, or to all linear layers of a family that it does not know.
         tokenizer: which rows are the user tokens'.
         seed: of LoRA's initial weights.
+
+    Raises:
+        ValueError: lora_target_modules names nothing in this model, or its tied embeddings have an output bias.
     """
     if not model_config.use_peft:
         return model
     from peft import get_peft_model, prepare_model_for_kbit_training
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     from trl import get_peft_config
 
     if getattr(model, "quantization_method", None) is not None:
@@ -198,12 +216,21 @@ def add_adapter(
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     rows = [index for level in tokenizer.user_token_ids for index in level]
     config = get_peft_config(model_config)
+    if not config.target_modules and model.config.model_type not in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
+        config.target_modules = "all-linear"
     if rows:
-        config.trainable_token_indices = dict.fromkeys(_embeddings(model), rows)
+        config.trainable_token_indices = dict.fromkeys(_trainable_embeddings(model), rows)
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
-        return get_peft_model(model, config)
+        try:
+            return get_peft_model(model, config)
+        except ValueError as error:
+            names = {name.rpartition(".")[2] for name, module in model.named_modules() if not [*module.children()]}
+            raise ValueError(
+                f"The adapter could not be put on the {model.config.model_type} model; check lora_target_modules "
+                f"(all-linear, or any of the matrices among {', '.join(sorted(names))}). {error}"
+            ) from error
 
 
 def load_user_tokenizer(
@@ -220,6 +247,24 @@ def load_user_tokenizer(
     return UserTokenizer.from_base(base, levels, codebook_size)
 
 
+def base_fingerprint(name_or_path: str, tokenizer: PreTrainedTokenizerBase, revision: str | None = None) -> str:
+    """A hash of a base's architecture and vocabulary, the same before and after it is extended by the user tokens.
+
+    Args:
+        tokenizer: the tokenizer with the user tokens.
+
+    Raises:
+        ValueError: there is no such model or tokenizer.
+    """
+    config = _from_pretrained(AutoConfig, name_or_path, "configuration", revision=revision).get_text_config()
+    vocabulary = _from_pretrained(AutoTokenizer, name_or_path, "tokenizer", revision=revision).get_vocab()
+    users = {token for level in user_tokens(**tokenizer.init_kwargs["user_index"]) for token in level}
+    # not all fields: new releases add some, and saving changes others
+    described = {name: getattr(config, name, None) for name in _ARCHITECTURE}
+    described["vocabulary"] = sorted((index, token) for token, index in vocabulary.items() if token not in users)
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest()
+
+
 def _embeddings(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
     """The matrices with a row for each token, by the last part of their name: the input's and, untied, the output's."""
     modules = [model.get_input_embeddings()]
@@ -229,9 +274,39 @@ def _embeddings(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
     return {name.rpartition(".")[2]: module for name, module in model.named_modules() if module in modules}
 
 
+def _trainable_embeddings(model: PreTrainedModel) -> list[str]:
+    """The names of `_embeddings` whose rows peft can train; it multiplies with them without the layer's bias."""
+    names, output = _embeddings(model), model.get_output_embeddings()
+    if getattr(output, "bias", None) is None:
+        return list(names)
+    if output not in names.values():
+        raise ValueError(
+            f"The {model.config.model_type} model has a bias on an output layer that is tied to its embeddings, which "
+            "the rows of user tokens cannot be trained with: choose another base, use_peft false, or an index_kind "
+            "that is plain text."
+        )
+    return [name for name, module in names.items() if module is not output]
+
+
 def load_causal_lm(name_or_path: str, **arguments: Any) -> PreTrainedModel:
     """`AutoModelForCausalLM.from_pretrained`; ValueError, naming the setting, where there is no such model."""
-    return _from_pretrained(AutoModelForCausalLM, name_or_path, "model", **arguments)
+    model = _from_pretrained(AutoModelForCausalLM, name_or_path, "model", **arguments)
+    for module in model.modules() if model.device.type == "cpu" else ():
+        if hasattr(getattr(module, "weight", None), "quant_state"):
+            module.register_forward_pre_hook(_restore_unless_packed)
+    return model
+
+
+def _restore_unless_packed(module: torch.nn.Module, _: tuple) -> None:
+    """A forward pre-hook for 4-bit weights on a CPU, which keeps them as they were loaded.
+
+    Evaluation packs them in a form that no gradient passes through, bitsandbytes 0.50 leaves them so when training goes
+    on (the layers below would stand still), and unpacking, which saving does, rounds them again.
+    """
+    weight = module.weight
+    data, state = module.__dict__.setdefault("loaded_weight", (weight.data, copy.copy(weight.quant_state)))
+    if module.training or not getattr(weight.quant_state, "packing_format_for_cpu", False):
+        weight.data, weight.quant_state = data, copy.copy(state)
 
 
 def _from_pretrained(auto_class: type, name_or_path: str, kind: str, **arguments: Any):

@@ -140,10 +140,10 @@ class UserRanker:
         """Loads a published model folder, wherever it was moved.
 
         Args:
-            folder: holds ranker.json and adapter/, base/ or merged/ (the last is used where it exists).
+            folder: holds ranker.json and adapter/, base/ or merged/ (the last is used without the others).
             base: hub id or folder of the base to put the adapter on, instead of what the adapter names.
             device: where to run; an accelerator if there is one by default.
-            model_kwargs: handed to `AutoModelForCausalLM.from_pretrained`, such as dtype or quantization_config.
+            model_kwargs: instead of the dtype and quantisation of the tuning; see `publishing.load_published`.
 
         Raises:
             ValueError: the folder is no published model, or its base is not there.
@@ -151,9 +151,8 @@ class UserRanker:
         folder = Path(folder)
         record = read_ranker_file(folder)
         settings = {field.name: record[field.name] for field in fields(RankerSettings) if field.name in record}
+        model_kwargs.setdefault("device_map", {"": device or torch.accelerator.current_accelerator() or "cpu"})
         model, tokenizer = load_published(folder, base, **model_kwargs)
-        if getattr(model, "hf_device_map", None) is None:
-            model = model.to(device or (torch.accelerator.current_accelerator() or "cpu"))
         titles = {}
         if (folder / ITEMS_FILE).is_file():
             items = pq.read_table(folder / ITEMS_FILE, columns=["item_id", "title"])
@@ -272,15 +271,13 @@ class UserRanker:
     @torch.inference_mode()
     def letter_scores(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> np.ndarray:
         """Logits float32 [batch, letters] at the last position of a batch padded on the left."""
-        attention_mask = attention_mask.to(self.model.device)
-        logits = self.model(
-            input_ids=input_ids.to(self.model.device),
-            attention_mask=attention_mask,
-            position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
-            logits_to_keep=1,
-            use_cache=False,
-        ).logits[:, -1]
-        return self._verbalizer.scores(logits).cpu().numpy()
+        batch = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": (attention_mask.cumsum(1) - 1).clamp(min=0),
+        }
+        batch = {name: values.to(self.model.device) for name, values in batch.items()}
+        return self._verbalizer.scores(self.model, batch).cpu().numpy()
 
     def _render(self, user: str, history: Sequence[str], candidates: Sequence[str]) -> str:
         fields = {"history": render_history(history), "candidates": render_candidates(candidates)}

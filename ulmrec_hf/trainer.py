@@ -83,7 +83,14 @@ class ULMRecTrainingArguments(TrainingArguments):
 
 
 def check_processes(args: TrainingArguments) -> None:
-    """Raises ValueError where a launcher started several processes that do not know of each other."""
+    """Raises ValueError where launched processes do not know of each other, or would share one copy of the model."""
+    for name, flag in (("FSDP", "ACCELERATE_USE_FSDP"), ("DeepSpeed", "ACCELERATE_USE_DEEPSPEED")):
+        if os.environ.get(flag, "").lower() in ("1", "true") or getattr(args, name.lower()):
+            raise ValueError(
+                f"{name} would share one copy of the model among processes, in which rows of user tokens are lost "
+                "(DeepSpeed) or tied embeddings cannot be shared (FSDP). Give each process the whole model by "
+                "recipes/accelerate/ddp.yaml; where it does not fit, set load_in_4bit."
+            )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != args.world_size:
         raise ValueError(
@@ -267,9 +274,8 @@ class ULMRecTrainer(Trainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
         labels, counts = inputs.pop("labels"), inputs.pop("num_candidates")
-        with torch.no_grad(), self.compute_loss_context_manager():
-            logits = model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1]
-        scores = self.verbalizer.scores(logits)
+        with self.compute_loss_context_manager():
+            scores = self.verbalizer.scores(model, inputs)
         beyond = torch.arange(scores.shape[1], device=scores.device) >= counts[:, None]
         scores = scores.masked_fill(beyond, -torch.inf)
         hits = labels != MISS

@@ -99,9 +99,8 @@ class Publisher:
         tokenizer: UserTokenizer,
         folder: Path,
         source: BaseSource,
-        state: Mapping[str, Any] | None,
     ) -> None:
-        """Writes into `folder`; `source` is where the base is, `state` the weights where they had to be gathered."""
+        """Writes into `folder`; `source` is where the base is."""
         run, pipeline = self.run, self.pipeline
         published = Published(
             source,
@@ -114,7 +113,7 @@ class Publisher:
                 TEMPLATES_FILE: self.tasks.prompt_templates,
             },
         )
-        publish_model(model, tokenizer, folder, published, state_dict=state)
+        publish_model(model, tokenizer, folder, published)
         write_parts(
             folder,
             LeaveOneOut.load(run / "data") if pipeline.save_user_map else None,
@@ -238,15 +237,13 @@ def _build(tuning: Tuning, scored: Sequence[System], publish: Publisher | None, 
     ]
     evaluated = {(scored[0].name, split): rows[split] for split in EVALUATED} | others
     predictions = [_predictions(trainer, *name, its_rows) for name, its_rows in evaluated.items()]
-    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    state = trainer.accelerator.get_state_dict(trainer.model) if sharded else None
     if training.process_index == 0:
         record = {"system": scored[0].name, "best_metric": trainer.state.best_metric, "loss_shares": shares}
         record["history"] = history
         write_json(folder / "training.json", record)
         write_table(folder / "predictions.parquet", pa.concat_tables(predictions))
         if publish is not None:
-            publish(trainer.accelerator.unwrap_model(trainer.model), tuning.tokenizer, folder, source, state)
+            publish(trainer.accelerator.unwrap_model(trainer.model), tuning.tokenizer, folder, source)
         for work in ("checkpoints", "cache"):
             shutil.rmtree(folder / work, ignore_errors=True)
 

@@ -1,12 +1,13 @@
 """Letters as answers: which token each candidate's letter is, and its score."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from string import ascii_lowercase, ascii_uppercase
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 LETTERS = ascii_uppercase + ascii_lowercase
 
@@ -49,9 +50,49 @@ class LetterVerbalizer:
                 )
             self.ids.append(joint[-1])
 
-    def scores(self, logits: "torch.Tensor") -> "torch.Tensor":
-        """The letters' logits, float32 [batch, num_candidates], of the next-token logits [batch, vocabulary]."""
-        return logits[..., self.ids].float()
+    def scores(self, model: "PreTrainedModel", inputs: "Mapping[str, torch.Tensor]") -> "torch.Tensor":
+        """The letters' next-token logits, float32 [batch, num_candidates], of one forward pass without gradients.
+
+        They are float32 products of the letters' rows of the output matrix and the last hidden state, whatever the
+        model computes in: in bfloat16 every fourth or fifth answer would tie with another. What a model does after its
+        output layer (scaling, soft caps) is done to them. An output layer that is no plain matrix, such as one with
+        LoRA weights of its own, keeps its own product.
+
+        Args:
+            model: any causal language model, with or without an adapter, also wrapped for distributed evaluation. The
+                dtype in its attribute `autocast`, if any, is the one that it is autocast to.
+            inputs: input_ids, attention_mask and position_ids [batch, length], padded on the left.
+        """
+        import torch
+        from accelerate.utils import extract_model_from_parallel
+
+        plain = extract_model_from_parallel(model)
+        head, dtype = plain.get_output_embeddings(), getattr(plain, "autocast", None)
+        device = inputs["input_ids"].device.type
+        hook = head.register_forward_hook(self._in_float32)
+        try:
+            with torch.no_grad(), torch.autocast(device, getattr(torch, dtype)) if dtype else nullcontext():
+                logits = model(**inputs, logits_to_keep=1, use_cache=False).logits
+        finally:
+            hook.remove()
+        return logits[:, -1, self.ids].float()
+
+    def _in_float32(self, head: "torch.nn.Module", inputs: tuple, logits: "torch.Tensor") -> "torch.Tensor":
+        """A forward hook: the output layer's logits as float32, those of the letters computed as such."""
+        import torch
+
+        logits, hidden = logits.float(), inputs[0]
+        adapter = getattr(head, "token_adapter", None)  # peft's, around the rows of the user tokens
+        trained = {row for rows in adapter.token_indices.values() for row in rows} if adapter is not None else set()
+        if adapter is not None and adapter.base_layer.bias is None and trained.isdisjoint(self.ids):
+            head = adapter.base_layer  # the letters' rows are its own
+        # weights that are elsewhere or in 4 bits are no rows to multiply with
+        if type(head) is torch.nn.Linear and head.weight.device == hidden.device:
+            bias = None if head.bias is None else head.bias[self.ids].float()
+            with torch.autocast(hidden.device.type, enabled=False):
+                letters = torch.nn.functional.linear(hidden.float(), head.weight[self.ids].float(), bias)
+            logits[..., self.ids] = letters
+        return logits
 
 
 def candidate_letters(num_candidates: int) -> Sequence[str]:
