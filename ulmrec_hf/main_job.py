@@ -130,6 +130,7 @@ def make_tuning(settings: Settings) -> Tuning:
         settings.pipeline.save_base,
         settings.pipeline.validation_users,
         settings.tasks.task_seed,
+        settings.pipeline.user_token_start,
     )
 
 

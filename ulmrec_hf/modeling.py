@@ -16,8 +16,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .user_index import KINDS, UserIndex, user_tokens
+from .user_token_rows import newest_preferences, start_from_texts
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from peft import PeftModel
     from trl import ModelConfig
 
@@ -92,13 +94,20 @@ def resolve_base(name_or_path: str) -> str:
 
 
 def load_base(
-    name_or_path: str, users: UserIndex | None = None, *, seed: int = 0, **settings: Any
+    name_or_path: str,
+    users: UserIndex | None = None,
+    preferences: "pa.Table | None" = None,
+    *,
+    seed: int = 0,
+    **settings: Any,
 ) -> "tuple[PeftModel | PreTrainedModel, UserTokenizer]":
     """A base that knows the user tokens, with an adapter to tune, and its tokenizer.
 
     Args:
         name_or_path: hub id or folder of a causal language model, or "embedded" for the package's small one.
         users: the index whose tokens it is to know; None, or an index without tokens, adds none.
+        preferences: what the users like (schema `tables.PREFERENCES`), from which their tokens' rows start, see
+            `start_from_texts`; without it they start from noise.
         seed: of the new rows and of the adapter.
         settings: fields of `trl.ModelConfig` (lora_r, lora_target_modules, dtype, load_in_4bit, ...); an adapter is
             added unless `use_peft=False`.
@@ -114,7 +123,10 @@ def load_base(
     # an index in plain text has no tokens; unused rows would cost memory and, where they are outputs, probability
     levels = users.levels if users is not None and KINDS[users.kind].adds_tokens else 0
     tokenizer = load_user_tokenizer(base, levels, users.codebook_size if levels else 1, revision)
-    model = add_adapter(load_model(base, config, tokenizer, seed=seed), config, tokenizer, seed=seed)
+    model = load_model(base, config, tokenizer, seed=seed)
+    if levels and preferences is not None:
+        start_user_tokens(model, tokenizer, users, preferences)
+    model = add_adapter(model, config, tokenizer, seed=seed)
     model.base_source = BaseSource(base, revision=revision, seed=seed)
     return model, tokenizer
 
@@ -178,12 +190,19 @@ def extend_vocabulary(
     generator = torch.Generator().manual_seed(seed)
     old = [index for index in range(size) if index not in set(new)]
     with torch.no_grad():
-        for module in _embeddings(model).values():
+        for module in token_matrices(model).values():
             weight = module.weight
             rows = weight[old].float()
             noise = torch.randn(len(new), weight.shape[1], generator=generator).to(weight.device)
             weight[new] = (rows.mean(0) + rows.std(0) * noise).to(weight.dtype)
     return True
+
+
+def start_user_tokens(
+    model: PreTrainedModel, tokenizer: "UserTokenizer", users: UserIndex, preferences: "pa.Table"
+) -> None:
+    """`start_from_texts` for a model that `load_model` returned, from a table of preferences."""
+    start_from_texts(token_matrices(model).values(), tokenizer, users, newest_preferences(preferences, users))
 
 
 def add_adapter(
@@ -265,7 +284,7 @@ def base_fingerprint(name_or_path: str, tokenizer: PreTrainedTokenizerBase, revi
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
 
-def _embeddings(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
+def token_matrices(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
     """The matrices with a row for each token, by the last part of their name: the input's and, untied, the output's."""
     modules = [model.get_input_embeddings()]
     output = model.get_output_embeddings()
@@ -275,8 +294,8 @@ def _embeddings(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
 
 
 def _trainable_embeddings(model: PreTrainedModel) -> list[str]:
-    """The names of `_embeddings` whose rows peft can train; it multiplies with them without the layer's bias."""
-    names, output = _embeddings(model), model.get_output_embeddings()
+    """The names of `token_matrices` whose rows peft can train; it multiplies with them without the layer's bias."""
+    names, output = token_matrices(model), model.get_output_embeddings()
     if getattr(output, "bias", None) is None:
         return list(names)
     if output not in names.values():

@@ -15,6 +15,8 @@ from .systems import ABLATIONS, System
 from .tasks.arguments import TaskArguments
 from .trainer import ULMRecTrainingArguments
 
+USER_TOKEN_STARTS = ("preferences", "random")
+
 
 @dataclass
 class PipelineArguments:
@@ -36,6 +38,11 @@ class PipelineArguments:
         },
     )
     validation_users: int = setting(0, "Users whose validation chooses the best model while tuning; 0 = all.")
+    user_token_start: str = setting(
+        "preferences",
+        "Where the rows of the user tokens start: preferences (the words of the users of each code) or random.",
+        choices=list(USER_TOKEN_STARTS),
+    )
     save_merged: bool = setting(False, "Also write model/merged, the adapter merged into its base.")
     save_base: bool | None = setting(
         None, "Write model/base, the base with user tokens. Default: yes for a folder, no for a hub id."
@@ -53,6 +60,10 @@ class PipelineArguments:
         unknown = sorted(set(self.ablations) - set(ABLATIONS))
         if unknown:
             raise ValueError(f"ablations holds {', '.join(unknown)}; known are {', '.join(ABLATIONS)}.")
+        if self.user_token_start not in USER_TOKEN_STARTS:
+            raise ValueError(
+                f"user_token_start is {self.user_token_start!r}; it must be one of {', '.join(USER_TOKEN_STARTS)}."
+            )
         if self.validation_users < 0:
             raise ValueError(f"validation_users is {self.validation_users}; it must be 0 (all) or more.")
 

@@ -21,7 +21,7 @@ from trl import ModelConfig
 from .console import Console, quiet_trainer
 from .files import atomic_folder, read_json, write_json, write_table
 from .indexing.base import load_indexer
-from .modeling import BaseSource, add_adapter, base_is_saved, extend_base, load_model, resolve_base
+from .modeling import BaseSource, add_adapter, base_is_saved, extend_base, load_model, resolve_base, start_user_tokens
 from .protocol import EVALUATED, SPLITS
 from .publishing import BASE, ITEMS_FILE, TEMPLATES_FILE, USER_INDEX_FILE, Published, publish_model
 from .ranker import RankerSettings
@@ -30,11 +30,12 @@ from .retrieval.base import load_retriever
 from .settings import PipelineArguments
 from .stages import Processes, run_stage, stage_fingerprint
 from .systems import RANKER, System, model_folder, task_folder
-from .tables import PREDICTIONS, LeaveOneOut
+from .tables import PREDICTIONS, LeaveOneOut, read_table
 from .tasks.arguments import TaskArguments
 from .tasks.batches import count_steps
 from .tokenization_user import UserTokenizer
 from .trainer import ULMRecTrainer, ULMRecTrainingArguments
+from .user_index import KINDS, UserIndex
 from .verbalizer import LetterVerbalizer
 
 logger = logging.getLogger(__name__)
@@ -134,7 +135,8 @@ class Tuning:
         tokenizer: the base's, with the user tokens of the run.
         num_candidates: letters that are scored.
         save_base, validation_users: see `PipelineArguments`.
-        seed: of the choice of the validation users.
+        seed: of the choice of the validation users, and of the shuffle of a placebo's indices.
+        user_token_start: see `PipelineArguments`.
     """
 
     run: Path
@@ -145,6 +147,7 @@ class Tuning:
     save_base: bool | None = None
     validation_users: int = 0
     seed: int = 0
+    user_token_start: str = "preferences"
 
     @property
     def processes(self) -> Processes:
@@ -167,6 +170,7 @@ class Tuning:
         """What decides the tuned model, for its stage."""
         chosen = {name: getattr(self.training, name, None) for name in TUNING_SETTINGS}
         chosen |= asdict(self.model) | {"save_base": self.save_base, "validation_users": self.validation_users}
+        chosen["user_token_start"] = self.user_token_start
         chosen["max_steps"] = self.steps()
         # what counts is the rows of a step, however many processes share them
         parts = (chosen.pop(name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps"))
@@ -221,6 +225,12 @@ def _build(tuning: Tuning, scored: Sequence[System], publish: Publisher | None, 
         }
     set_seed(training.seed)
     model = load_model(source.path, tuning.model, tuning.tokenizer, seed=training.seed)
+    users = scored[0].user_index(UserIndex.from_parquet(tuning.run / "index" / "user_index.parquet"), tuning.seed)
+    if tuning.user_token_start == "preferences" and users is not None and KINDS[users.kind].adds_tokens:
+        preferences = read_table(
+            tuning.run / "preferences" / "preferences.parquet", ["user_id", "position", "preference"]
+        )
+        start_user_tokens(model, tuning.tokenizer, users, preferences)
     model = add_adapter(model, tuning.model, tuning.tokenizer, seed=training.seed)
     trainer = _make_trainer(tuning, model, folder / "checkpoints", rows)
     # every system of a run draws the same numbers, whatever was made before it
