@@ -226,7 +226,7 @@ def test_keys_are_sorted_numbers():
 
 def test_another_kind_from_outside(monkeypatch, tmp_path):
     monkeypatch.setattr(KINDS, "_entries", dict(KINDS._entries))
-    KINDS.register("roman")(IndexKind(lambda index, row: "I" * (1 + int(index.numbers[row])), by_number=True))
+    KINDS.register("roman")(IndexKind(lambda index, row, codes: "I" * (1 + int(index.numbers[row])), by_number=True))
     shuffled = of_kind("roman").shuffled(3)
     shuffled.to_parquet(tmp_path / "user_index.parquet")
     again = UserIndex.from_parquet(tmp_path / "user_index.parquet")

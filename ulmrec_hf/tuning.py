@@ -32,6 +32,7 @@ from .tables import PREDICTIONS, LeaveOneOut
 from .tasks.arguments import TaskArguments
 from .tokenization_user import UserTokenizer
 from .trainer import ULMRecTrainer, ULMRecTrainingArguments
+from .user_index import UserIndex
 from .verbalizer import LetterVerbalizer
 
 # Settings that decide what a tuned model is; the others (logging, workers, devices) may differ when a run is resumed.
@@ -104,12 +105,14 @@ class Publisher:
             merged=pipeline.save_merged,
             save_base=source.extended,
             files={
-                USER_INDEX_FILE: run / "index" / "user_index.parquet" if pipeline.save_user_map else None,
                 ITEMS_FILE: run / "data" / "items.parquet",
                 TEMPLATES_FILE: self.tasks.prompt_templates,
             },
         )
         publish_model(model, tokenizer, folder, published, state_dict=state)
+        if pipeline.save_user_map:  # what training rows showed of the users is of no use later
+            users = UserIndex.from_parquet(run / "index" / "user_index.parquet")
+            users.to_parquet(folder / USER_INDEX_FILE, earlier=False)
         write_parts(
             folder,
             LeaveOneOut.load(run / "data") if pipeline.save_user_map else None,

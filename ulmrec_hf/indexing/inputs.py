@@ -44,17 +44,21 @@ class TrainPart:
     sequences: Sequences
 
     @classmethod
-    def read(cls, data: LeaveOneOut, names: Sequence[str], weights: Sequence[float] = ()) -> Self:
+    def read(
+        cls, data: LeaveOneOut, names: Sequence[str], weights: Sequence[float] = (), evidence: str = "train"
+    ) -> Self:
         """Reads the inputs of these names, see `arguments.INPUTS`; without weights, each counts 1.
+
+        The evidence "all" reads every interaction, the test target included, as if it were the train part.
 
         Raises:
             ValueError: an input that the data does not have.
         """
         by_name, texts, numbers = {}, {}, {}
-        kept = train_lengths(data.sequences.lengths)
+        kept = train_lengths(data.sequences.lengths) if evidence == "train" else data.sequences.lengths
         for name, weight in zip(names, weights or [1.0] * len(names), strict=True):
             if name in ("auto", "reviews", "titles"):
-                part = data.texts(name)
+                part = data.texts(name, train_only=evidence == "train")
                 name = part.kind
                 texts[name] = part
             elif name in ("ratings", "times"):
