@@ -26,6 +26,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from transformers.utils import logging
 
 from ulmrec_hf.figures import markdown_table
@@ -33,22 +34,23 @@ from ulmrec_hf.files import write_json
 from ulmrec_hf.indexing.arguments import PRESETS, IndexArguments
 from ulmrec_hf.indexing.assignment import assign_new, count_collisions
 from ulmrec_hf.indexing.base import Indexer, IndexerConfig
-from ulmrec_hf.indexing.dataset import UserDataset
+from ulmrec_hf.indexing.dataset import UserDataset, unit
 from ulmrec_hf.indexing.embeddings import embed_in_memory
 from ulmrec_hf.indexing.encoder import TextEncoder, TfidfEncoder, fit_encoder
 from ulmrec_hf.indexing.indexer import UserIndexer
 from ulmrec_hf.indexing.inputs import InputEncoder, TrainPart
 from ulmrec_hf.indexing.lift import incidence, lift, neighbour_lift, share_rate
 from ulmrec_hf.indexing.residual_kmeans import ResidualKMeans
-from ulmrec_hf.protocol import train_lengths
+from ulmrec_hf.protocol import target_positions, train_lengths
 from ulmrec_hf.tables import LeaveOneOut, Sequences, UserTexts
-from ulmrec_hf.user_index import UserIndex, pack_codes, perplexity
+from ulmrec_hf.user_index import UserIndex, pack_codes, parse_codes, perplexity
 
 INPUTS = ("titles", "cooccurrence", "titles+cooccurrence", "reviews", "reviews+titles")
 OF_A_RUN = ("indexer", "inputs", "input_weights", "preset", "attention", "seed", "refit_codebooks")
 SETTINGS = {each.name: each.default for each in fields(IndexArguments) if each.name not in OF_A_RUN}
 NEIGHBOURS = (10, 50)
 PREFIXES = (1, 2)
+CANDIDATES = 20  # the target and random items, which what an index says is compared with
 CHECKED = 20  # new users that are also indexed one by one
 _frozen: dict[str, dict[str, np.ndarray]] = {}  # what encoders that learn nothing made of texts
 
@@ -226,6 +228,47 @@ def index_of_new_users(args: IndexArguments, split: Split, judge: Judge) -> dict
 def mean_vectors(dataset: UserDataset) -> np.ndarray:
     """float32 [users, dim]: the mean of each user's vectors, at length 1."""
     return ResidualKMeans(IndexerConfig(dataset.dim, 1, 1, dataset.dim)).latents(dataset).numpy()
+
+
+def item_directions(inputs: InputEncoder, data: LeaveOneOut) -> np.ndarray:
+    """float32 [items, dim]: what the vector of an interaction with each item is, its title standing for a review."""
+    parts = []
+    for name, weight in inputs.weights.items():
+        if name == "cooccurrence":
+            parts.append(weight * unit(inputs.item_vectors))
+        else:
+            parts.append(weight * unit(inputs.encoder.encode(data.titles)))
+    return unit(np.concatenate(parts, axis=1))
+
+
+def target_first(
+    indexer: Indexer, index: UserIndex, data: LeaveOneOut, split: str, *, train_positions: int = 5, seed: int = 0
+) -> float:
+    """How often what a row's own index says is nearer to its target than to 19 random items.
+
+    What an index says is the vector that its codes decode to. A training row's index must find its target no more often
+    than a test row's does, or a ranker learns to trust it more than it may.
+
+    Args:
+        index: of the kind codes.
+        split, train_positions: the rows, see `ulmrec_hf.protocol.target_positions`.
+
+    Returns:
+        The share of the rows; equal cosines share the first place.
+    """
+    sequences = data.sequences
+    users, positions = target_positions(sequences.lengths, split, train_positions)
+    before = np.maximum(train_lengths(sequences.lengths)[users] - positions, 0)
+    rows = zip(users.tolist(), before.tolist(), strict=True)
+    codes = np.array([parse_codes(index.spell(data.user_ids[user], newest)) for user, newest in rows])
+    said = indexer.decode(indexer.codebooks[torch.arange(index.levels), torch.from_numpy(codes)].sum(dim=1))
+    said, items = unit(said.detach().numpy()), item_directions(indexer.inputs, data)
+    targets = sequences.items[sequences.offsets[users] + positions] - 1
+    steps = np.random.default_rng(seed).integers(1, len(items), (len(users), CANDIDATES - 1))
+    cosines = [np.einsum("nd,nd->n", said, items[targets])]
+    cosines += [np.einsum("nd,nd->n", said, items[(targets + step) % len(items)]) for step in steps.T]
+    own, others = cosines[0], np.stack(cosines[1:])
+    return float(np.where((others <= own).all(axis=0), 1 / (1 + (others == own).sum(axis=0)), 0).mean())
 
 
 def parse_mix(mix: str) -> dict[str, Any]:

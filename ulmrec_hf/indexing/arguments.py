@@ -79,7 +79,8 @@ class IndexArguments:
     embedding_dim: int = setting(384, "Length of a text embedding of the encoder tfidf, at most.")
     preset: str = setting(
         "default",
-        "paper: learned codebooks, attention, and the loss of the paper's eqs. (4)-(6). default: what measures best, "
+        "paper: learned codebooks, attention, and the loss of the paper's eqs. (4)-(6), after batches without codes "
+        "(autoencoder_steps), which the paper does not have. default: what measures best, "
         "codebooks by k-means over the latent vectors of an autoencoder; batches with codes (steps) keep them as "
         "running means and revive dead ones.",
     )
