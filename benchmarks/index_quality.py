@@ -12,7 +12,8 @@ codebooks that it learned. Beside the indices stand, for the same inputs, `Resid
 vectors, and the 10 and 50 nearest users by the cosine of these vectors; and random codes. A cell is the mean over the
 seeds, with their standard deviation. With `--new_users` a second indexer is made without a seeded share of the users,
 who leave no trace in anything that is fitted, and gives them free codes afterwards: the held-out lift of the pairs with
-a new user over that of the other pairs.
+a new user over that of the other pairs. *First* is how often the index that a row spells finds the row's target among
+20 items, see `target_first`: as often in training rows as in test rows, or the index has seen the targets.
 """
 
 import argparse
@@ -41,7 +42,7 @@ from ulmrec_hf.indexing.indexer import UserIndexer
 from ulmrec_hf.indexing.inputs import InputEncoder, TrainPart
 from ulmrec_hf.indexing.lift import incidence, lift, neighbour_lift, share_rate
 from ulmrec_hf.indexing.residual_kmeans import ResidualKMeans
-from ulmrec_hf.protocol import target_positions, train_lengths
+from ulmrec_hf.protocol import SPLITS, target_positions, train_lengths
 from ulmrec_hf.tables import LeaveOneOut, Sequences, UserTexts
 from ulmrec_hf.user_index import UserIndex, pack_codes, parse_codes, perplexity
 
@@ -101,7 +102,7 @@ class Judge:
     """What is known of the users' items, to judge codes by: `things` and their base rates, by "train" and "heldout"."""
 
     def __init__(self, data: LeaveOneOut):
-        sequences = data.sequences
+        self.data, sequences = data, data.sequences
         later = ~sequences.oldest(train_lengths(sequences.lengths))
         self.users = len(sequences)
         rows = np.repeat(np.arange(self.users), sequences.lengths)
@@ -161,10 +162,14 @@ def judge_indexer(
     indexer: type[Indexer], args: IndexArguments, inputs: InputEncoder, dataset: UserDataset, judge: Judge
 ) -> dict[str, Any]:
     start = time.perf_counter(), time.process_time()
-    assignment = fit_users(args, inputs, dataset, indexer).assign(dataset)
+    fitted = fit_users(args, inputs, dataset, indexer)
+    assignment = fitted.assign(dataset)
     seconds = {"seconds": time.perf_counter() - start[0], "cpu_seconds": time.process_time() - start[1]}
-    codes = assignment.codes
-    return describe(codes, assignment.nearest, args.codebook_size) | judge.codes(codes) | seconds
+    codes, data = assignment.codes, judge.data
+    earlier = fitted.earlier_codes(dataset, data.sequences.lengths)
+    index = UserIndex(data.user_ids, codes, args.codebook_size, earlier=earlier)
+    first = {"target_first": [target_first(fitted, index, data, split) for split in SPLITS]}
+    return describe(codes, assignment.nearest, args.codebook_size) | judge.codes(codes) | first | seconds
 
 
 def random_codes(args: IndexArguments, judge: Judge) -> dict[str, Any]:
@@ -236,8 +241,10 @@ def item_directions(inputs: InputEncoder, data: LeaveOneOut) -> np.ndarray:
     for name, weight in inputs.weights.items():
         if name == "cooccurrence":
             parts.append(weight * unit(inputs.item_vectors))
-        else:
-            parts.append(weight * unit(inputs.encoder.encode(data.titles)))
+        elif name in ("reviews", "titles"):
+            parts.append(weight * unit(embed(inputs.encoder, name, data.titles)))
+        else:  # a rating or a time says nothing of an item
+            parts.append(inputs.scale(name, np.full(len(data.titles), np.nan)))
     return unit(np.concatenate(parts, axis=1))
 
 
@@ -340,6 +347,7 @@ def markdown(runs: Sequence[dict], levels: int) -> str:
     columns += [("colliding before", "collisions", 0, 0), ("after", "collisions", 1, 0)]
     for title, name in (("train", "lift_train"), ("held-out", "lift_heldout")):
         columns += [(f"{title}, {length}", name, length - 1, 2) for length in PREFIXES]
+    columns += [(f"first, {split}", "target_first", place, 3) for place, split in enumerate(SPLITS)]
     columns += [(f"pairs, {length}", "pairs", length - 1, 0) for length in PREFIXES]
     columns += [(f"sharing, {length}", "shared_heldout", length - 1, 0) for length in PREFIXES]
     if any("ratio" in run for run in runs):
