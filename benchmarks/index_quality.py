@@ -166,7 +166,7 @@ def judge_indexer(
     assignment = fitted.assign(dataset)
     seconds = {"seconds": time.perf_counter() - start[0], "cpu_seconds": time.process_time() - start[1]}
     codes, data = assignment.codes, judge.data
-    earlier = fitted.earlier_codes(dataset, data.sequences.lengths)
+    earlier = fitted.earlier_codes(dataset, data)
     index = UserIndex(data.user_ids, codes, args.codebook_size, earlier=earlier)
     first = {"target_first": [target_first(fitted, index, data, split) for split in SPLITS]}
     return describe(codes, assignment.nearest, args.codebook_size) | judge.codes(codes) | first | seconds

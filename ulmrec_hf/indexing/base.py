@@ -193,11 +193,11 @@ class Indexer(nn.Module, PyTorchModelHubMixin, ABC):
         return Assignment(codes, nearest, latents, errors, silent)
 
     @torch.no_grad()
-    def earlier_codes(self, dataset: UserDataset, lengths: np.ndarray, train_positions: int = 5) -> EarlierCodes | None:
+    def earlier_codes(self, dataset: UserDataset, data: LeaveOneOut, train_positions: int = 5) -> EarlierCodes | None:
         """The nearest codes of these users before each of their training targets, from the frozen codebooks.
 
         Args:
-            lengths: int [users], how many items every user has in all.
+            dataset: what `inputs.dataset` gave for the train part of `data`.
             train_positions: how many of a user's newest training targets; 0 = all.
 
         Returns:
@@ -205,14 +205,17 @@ class Indexer(nn.Module, PyTorchModelHubMixin, ABC):
         """
         if self.settings.evidence == "all":
             return None
-        users, positions = target_positions(lengths, "train", train_positions)
-        order = np.lexsort((-positions, users))
-        offsets = np.searchsorted(users, np.arange(len(dataset) + 1))
-        codes = [np.empty((0, self.settings.levels), np.uint16)]
-        for vectors in self.vectors(dataset.before(users[order], positions[order])):
-            nearest = nearest_codes(self.encode(vectors).numpy(), self.codebooks.numpy())
-            codes.append(nearest.astype(np.uint16))
-        return EarlierCodes(offsets, np.concatenate(codes))
+        users, positions = target_positions(data.sequences.lengths, "train", train_positions)
+        positions = positions[np.lexsort((-positions, users))]
+        codes = np.empty((len(users), self.settings.levels), np.uint16)
+        for group, unseen in self._known_inputs().without_own_choices(dataset, data):
+            rows = np.flatnonzero(np.isin(users, group))
+            begin = 0
+            for vectors in self.vectors(unseen.before(users[rows], positions[rows])):
+                nearest = nearest_codes(self.encode(vectors).numpy(), self.codebooks.numpy())
+                codes[rows[begin : begin + len(nearest)]] = nearest
+                begin += len(nearest)
+        return EarlierCodes(np.searchsorted(users, np.arange(len(dataset) + 1)), codes)
 
     def index(self, data: LeaveOneOut, train_positions: int = 5) -> UserIndex:
         """The index of all users of the data, from their train part and the frozen codebooks.
@@ -232,7 +235,7 @@ class Indexer(nn.Module, PyTorchModelHubMixin, ABC):
             weights = [*inputs.weights], [*inputs.weights.values()]
             dataset = inputs.dataset(TrainPart.read(data, *weights, self.settings.evidence))
         codes, config = self.assign(dataset).codes, self.settings
-        earlier = self.earlier_codes(dataset, data.sequences.lengths, train_positions)
+        earlier = self.earlier_codes(dataset, data, train_positions)
         return UserIndex(data.user_ids, codes, config.codebook_size, config.index_kind, earlier=earlier)
 
     @torch.no_grad()

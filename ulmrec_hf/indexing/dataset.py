@@ -53,6 +53,12 @@ class UserDataset(Dataset):
         prefixes._ends = self._places[self._offsets[users] + positions]
         return prefixes
 
+    def with_table(self, place: int, table: Table) -> Self:
+        """The same with other vectors of the input at `place`."""
+        other = copy(self)
+        other.inputs = [replace(part, table=table) if at == place else part for at, part in enumerate(self.inputs)]
+        return other
+
     @property
     def dim(self) -> int:
         """Length of an interaction's vector."""

@@ -130,7 +130,7 @@ def _build(args: IndexArguments, data: LeaveOneOut, folder: Path) -> None:
     train, inputs, dataset = _encode(args, data, folder, state)
     indexer = INDEXERS[args.indexer].fit_encoded(args, inputs, dataset)
     assignment = indexer.assign(dataset)
-    earlier = indexer.earlier_codes(dataset, data.sequences.lengths, args.train_positions)
+    earlier = indexer.earlier_codes(dataset, data, args.train_positions)
     index = UserIndex(data.user_ids, assignment.codes, args.codebook_size, args.index_kind, earlier=earlier)
     index.to_parquet(folder / "user_index.parquet")
     indexer.save_pretrained(folder / "indexer")
