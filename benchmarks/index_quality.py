@@ -236,13 +236,16 @@ def mean_vectors(dataset: UserDataset) -> np.ndarray:
 
 
 def item_directions(inputs: InputEncoder, data: LeaveOneOut) -> np.ndarray:
-    """float32 [items, dim]: what the vector of an interaction with each item is, its title standing for a review."""
+    """float32 [items, dim]: each item's title where the vector of an interaction has texts, zeros elsewhere.
+
+    Without texts, its vector by co-occurrence; one of the train part has itself seen who chose the item after what.
+    """
     parts = []
     for name, weight in inputs.weights.items():
-        if name == "cooccurrence":
-            parts.append(weight * unit(inputs.item_vectors))
-        elif name in ("reviews", "titles"):
+        if name in ("reviews", "titles"):
             parts.append(weight * unit(embed(inputs.encoder, name, data.titles)))
+        elif name == "cooccurrence":
+            parts.append((inputs.encoder is None) * inputs.item_vectors)
         else:  # a rating or a time says nothing of an item
             parts.append(inputs.scale(name, np.full(len(data.titles), np.nan)))
     return unit(np.concatenate(parts, axis=1))
@@ -251,7 +254,7 @@ def item_directions(inputs: InputEncoder, data: LeaveOneOut) -> np.ndarray:
 def target_first(
     indexer: Indexer, index: UserIndex, data: LeaveOneOut, split: str, *, train_positions: int = 5, seed: int = 0
 ) -> float:
-    """How often what a row's own index says is nearer to its target than to 19 random items.
+    """How often what a row's own index says is nearer to its target's title than to those of 19 random items.
 
     What an index says is the vector that its codes decode to. A training row's index must find its target no more often
     than a test row's does, or a ranker learns to trust it more than it may.
@@ -269,7 +272,8 @@ def target_first(
     rows = zip(users.tolist(), before.tolist(), strict=True)
     codes = np.array([parse_codes(index.spell(data.user_ids[user], newest)) for user, newest in rows])
     said = indexer.decode(indexer.codebooks[torch.arange(index.levels), torch.from_numpy(codes)].sum(dim=1))
-    said, items = unit(said.detach().numpy()), item_directions(indexer.inputs, data)
+    items = item_directions(indexer.inputs, data)
+    said = unit(said.detach().numpy() * items.any(axis=0))
     targets = sequences.items[sequences.offsets[users] + positions] - 1
     steps = np.random.default_rng(seed).integers(1, len(items), (len(users), CANDIDATES - 1))
     cosines = [np.einsum("nd,nd->n", said, items[targets])]
