@@ -172,6 +172,8 @@ def test_one_request_in_place_of_many_is_an_error(recommender):
 
 def test_nothing_of_an_earlier_save_stays(recommender, tmp_path):
     recommender.save_pretrained(tmp_path)
+    assert recommender.users.earlier is not None  # made in memory; only training rows need them
+    assert UserIndex.from_parquet(tmp_path / "user_index.parquet").earlier is None
     recommender.save_pretrained(tmp_path, user_map=False)
     assert not (tmp_path / "user_index.parquet").exists() and not (tmp_path / "sequences.parquet").exists()
 
