@@ -12,7 +12,8 @@ codebooks that it learned. Beside the indices stand, for the same inputs, `Resid
 vectors, and the 10 and 50 nearest users by the cosine of these vectors; and random codes. A cell is the mean over the
 seeds, with their standard deviation. With `--new_users` a second indexer is made without a seeded share of the users,
 who leave no trace in anything that is fitted, and gives them free codes afterwards: the held-out lift of the pairs with
-a new user over that of the other pairs.
+a new user over that of the other pairs. *First* is how often the index that a row spells finds the row's target among
+20 items, see `target_first`: as often in training rows as in test rows, or the index has seen the targets.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from transformers.utils import logging
 
 from ulmrec_hf.figures import markdown_table
@@ -33,22 +35,23 @@ from ulmrec_hf.files import write_json
 from ulmrec_hf.indexing.arguments import PRESETS, IndexArguments
 from ulmrec_hf.indexing.assignment import assign_new, count_collisions
 from ulmrec_hf.indexing.base import Indexer, IndexerConfig
-from ulmrec_hf.indexing.dataset import UserDataset
+from ulmrec_hf.indexing.dataset import UserDataset, unit
 from ulmrec_hf.indexing.embeddings import embed_in_memory
 from ulmrec_hf.indexing.encoder import TextEncoder, TfidfEncoder, fit_encoder
 from ulmrec_hf.indexing.indexer import UserIndexer
 from ulmrec_hf.indexing.inputs import InputEncoder, TrainPart
 from ulmrec_hf.indexing.lift import incidence, lift, neighbour_lift, share_rate
 from ulmrec_hf.indexing.residual_kmeans import ResidualKMeans
-from ulmrec_hf.protocol import train_lengths
+from ulmrec_hf.protocol import SPLITS, target_positions, train_lengths
 from ulmrec_hf.tables import LeaveOneOut, Sequences, UserTexts
-from ulmrec_hf.user_index import UserIndex, pack_codes, perplexity
+from ulmrec_hf.user_index import UserIndex, pack_codes, parse_codes, perplexity
 
 INPUTS = ("titles", "cooccurrence", "titles+cooccurrence", "reviews", "reviews+titles")
 OF_A_RUN = ("indexer", "inputs", "input_weights", "preset", "attention", "seed", "refit_codebooks")
 SETTINGS = {each.name: each.default for each in fields(IndexArguments) if each.name not in OF_A_RUN}
 NEIGHBOURS = (10, 50)
 PREFIXES = (1, 2)
+CANDIDATES = 20  # the target and random items, which what an index says is compared with
 CHECKED = 20  # new users that are also indexed one by one
 _frozen: dict[str, dict[str, np.ndarray]] = {}  # what encoders that learn nothing made of texts
 
@@ -99,7 +102,7 @@ class Judge:
     """What is known of the users' items, to judge codes by: `things` and their base rates, by "train" and "heldout"."""
 
     def __init__(self, data: LeaveOneOut):
-        sequences = data.sequences
+        self.data, sequences = data, data.sequences
         later = ~sequences.oldest(train_lengths(sequences.lengths))
         self.users = len(sequences)
         rows = np.repeat(np.arange(self.users), sequences.lengths)
@@ -159,10 +162,14 @@ def judge_indexer(
     indexer: type[Indexer], args: IndexArguments, inputs: InputEncoder, dataset: UserDataset, judge: Judge
 ) -> dict[str, Any]:
     start = time.perf_counter(), time.process_time()
-    assignment = fit_users(args, inputs, dataset, indexer).assign(dataset)
+    fitted = fit_users(args, inputs, dataset, indexer)
+    assignment = fitted.assign(dataset)
     seconds = {"seconds": time.perf_counter() - start[0], "cpu_seconds": time.process_time() - start[1]}
-    codes = assignment.codes
-    return describe(codes, assignment.nearest, args.codebook_size) | judge.codes(codes) | seconds
+    codes, data = assignment.codes, judge.data
+    earlier = fitted.earlier_codes(dataset, data)
+    index = UserIndex(data.user_ids, codes, args.codebook_size, earlier=earlier)
+    first = {"target_first": [target_first(fitted, index, data, split) for split in SPLITS]}
+    return describe(codes, assignment.nearest, args.codebook_size) | judge.codes(codes) | first | seconds
 
 
 def random_codes(args: IndexArguments, judge: Judge) -> dict[str, Any]:
@@ -226,6 +233,53 @@ def index_of_new_users(args: IndexArguments, split: Split, judge: Judge) -> dict
 def mean_vectors(dataset: UserDataset) -> np.ndarray:
     """float32 [users, dim]: the mean of each user's vectors, at length 1."""
     return ResidualKMeans(IndexerConfig(dataset.dim, 1, 1, dataset.dim)).latents(dataset).numpy()
+
+
+def item_directions(inputs: InputEncoder, data: LeaveOneOut) -> np.ndarray:
+    """float32 [items, dim]: each item's title where the vector of an interaction has texts, zeros elsewhere.
+
+    Without texts, its vector by co-occurrence; one of the train part has itself seen who chose the item after what.
+    """
+    parts = []
+    for name, weight in inputs.weights.items():
+        if name in ("reviews", "titles"):
+            parts.append(weight * unit(embed(inputs.encoder, name, data.titles)))
+        elif name == "cooccurrence":
+            parts.append((inputs.encoder is None) * inputs.item_vectors)
+        else:  # a rating or a time says nothing of an item
+            parts.append(inputs.scale(name, np.full(len(data.titles), np.nan)))
+    return unit(np.concatenate(parts, axis=1))
+
+
+def target_first(
+    indexer: Indexer, index: UserIndex, data: LeaveOneOut, split: str, *, train_positions: int = 5, seed: int = 0
+) -> float:
+    """How often what a row's own index says is nearer to its target's title than to those of 19 random items.
+
+    What an index says is the vector that its codes decode to. A training row's index must find its target no more often
+    than a test row's does, or a ranker learns to trust it more than it may.
+
+    Args:
+        index: of the kind codes.
+        split, train_positions: the rows, see `ulmrec_hf.protocol.target_positions`.
+
+    Returns:
+        The share of the rows; equal cosines share the first place.
+    """
+    sequences = data.sequences
+    users, positions = target_positions(sequences.lengths, split, train_positions)
+    before = np.maximum(train_lengths(sequences.lengths)[users] - positions, 0)
+    rows = zip(users.tolist(), before.tolist(), strict=True)
+    codes = np.array([parse_codes(index.spell(data.user_ids[user], newest)) for user, newest in rows])
+    said = indexer.decode(indexer.codebooks[torch.arange(index.levels), torch.from_numpy(codes)].sum(dim=1))
+    items = item_directions(indexer.inputs, data)
+    said = unit(said.detach().numpy() * items.any(axis=0))
+    targets = sequences.items[sequences.offsets[users] + positions] - 1
+    steps = np.random.default_rng(seed).integers(1, len(items), (len(users), CANDIDATES - 1))
+    cosines = [np.einsum("nd,nd->n", said, items[targets])]
+    cosines += [np.einsum("nd,nd->n", said, items[(targets + step) % len(items)]) for step in steps.T]
+    own, others = cosines[0], np.stack(cosines[1:])
+    return float(np.where((others <= own).all(axis=0), 1 / (1 + (others == own).sum(axis=0)), 0).mean())
 
 
 def parse_mix(mix: str) -> dict[str, Any]:
@@ -297,6 +351,7 @@ def markdown(runs: Sequence[dict], levels: int) -> str:
     columns += [("colliding before", "collisions", 0, 0), ("after", "collisions", 1, 0)]
     for title, name in (("train", "lift_train"), ("held-out", "lift_heldout")):
         columns += [(f"{title}, {length}", name, length - 1, 2) for length in PREFIXES]
+    columns += [(f"first, {split}", "target_first", place, 3) for place, split in enumerate(SPLITS)]
     columns += [(f"pairs, {length}", "pairs", length - 1, 0) for length in PREFIXES]
     columns += [(f"sharing, {length}", "shared_heldout", length - 1, 0) for length in PREFIXES]
     if any("ratio" in run for run in runs):

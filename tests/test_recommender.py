@@ -12,7 +12,7 @@ import pytest
 from tests.small_run import load_recipe
 from ulmrec_hf import Recommender
 from ulmrec_hf.recommender import Fusion, Request
-from ulmrec_hf.user_index import UserIndex
+from ulmrec_hf.user_index import EarlierCodes, UserIndex
 
 
 @pytest.fixture(scope="module")
@@ -172,8 +172,14 @@ def test_one_request_in_place_of_many_is_an_error(recommender):
             next(recommender.recommend_many(one, progress=False))
 
 
-def test_nothing_of_an_earlier_save_stays(recommender, tmp_path):
+def test_nothing_of_an_earlier_save_stays(recommender, tmp_path, monkeypatch):
+    users = recommender.users
+    made = UserIndex(
+        users.user_ids, users.codes, users.codebook_size, earlier=EarlierCodes(np.arange(len(users) + 1), users.codes)
+    )
+    monkeypatch.setattr(recommender.ranker, "user_index", made)
     recommender.save_pretrained(tmp_path)
+    assert UserIndex.from_parquet(tmp_path / "user_index.parquet").earlier is None  # only training rows spell them
     recommender.save_pretrained(tmp_path, user_map=False)
     assert not (tmp_path / "user_index.parquet").exists() and not (tmp_path / "sequences.parquet").exists()
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from ulmrec_hf.user_index import (
     KINDS,
     USER_INDEX_PATTERN,
+    EarlierCodes,
     IndexKind,
     UserIndex,
     parse_codes,
@@ -226,7 +227,7 @@ def test_keys_are_sorted_numbers():
 
 def test_another_kind_from_outside(monkeypatch, tmp_path):
     monkeypatch.setattr(KINDS, "_entries", dict(KINDS._entries))
-    KINDS.register("roman")(IndexKind(lambda index, row: "I" * (1 + int(index.numbers[row])), by_number=True))
+    KINDS.register("roman")(IndexKind(lambda index, row, codes: "I" * (1 + int(index.numbers[row])), by_number=True))
     shuffled = of_kind("roman").shuffled(3)
     shuffled.to_parquet(tmp_path / "user_index.parquet")
     again = UserIndex.from_parquet(tmp_path / "user_index.parquet")
@@ -235,3 +236,92 @@ def test_another_kind_from_outside(monkeypatch, tmp_path):
     assert [kind for kind in KINDS if KINDS[kind].adds_tokens] == ["codes"]
     with pytest.raises(ValueError, match="index_kind 'roman' exists already"):
         KINDS.register("roman")(None)
+
+
+# ---------------------------------------------------------------- earlier codes
+
+
+def with_earlier(kind="codes"):
+    """ann has two rows, bob none, cy one."""
+    earlier = EarlierCodes(np.array([0, 2, 2, 3]), np.array([[5, 6], [7, 8], [5, 6]]))  # not unique
+    return UserIndex(["ann", "bob", "cy"], np.array([[2, 0], [0, 31], [0, 1]]), 32, kind, earlier=earlier)
+
+
+def test_a_training_row_spells_the_codes_before_its_target():
+    index = with_earlier()
+    assert [index.spell("ann", before) for before in range(3)] == ["<a_2><b_0>", "<a_5><b_6>", "<a_7><b_8>"]
+    assert with_earlier("text").spell("cy", 1) == "5-6" and index.spell("bob") == "<a_0><b_31>"
+    for user, before in (("ann", 3), ("bob", 1)):
+        with pytest.raises(
+            ValueError, match=f"user '{user}' has no codes without the newest {before} .*train_positions"
+        ):
+            index.spell(user, before)
+    assert with_earlier("number").spell("bob", 1) == "1" and with_earlier("id").spell("ann", 9) == "ann"
+    assert of_kind("codes").spell("ann", 4) == "<a_2><b_0>"  # not made from what users did
+
+
+def test_a_shuffle_deals_out_earlier_codes_with_the_rest():
+    index = with_earlier()
+    seen = set()
+    for seed in range(20):
+        shuffled = index.shuffled(seed)
+        for user in index:
+            other = next(each for each in index if index[each] == shuffled[user])
+            has = {"ann": 2, "bob": 0, "cy": 1}
+            for before in range(1, has[user] + 1):
+                expected = index.spell(other, min(before, has[other]))
+                assert shuffled.spell(user, before) == expected
+                seen.add((user, other, before))
+    assert {("ann", "bob", 1), ("ann", "cy", 2), ("cy", "ann", 1)} <= seen
+
+
+def test_earlier_codes_come_back_from_the_file_or_are_left_out(tmp_path):
+    path = tmp_path / "user_index.parquet"
+    index = with_earlier()
+    index.to_parquet(path)
+    again = UserIndex.from_parquet(path)
+    assert pq.read_schema(path).field("earlier").type == pa.list_(pa.list_(pa.uint16()))
+    assert again.earlier.codes.tolist() == index.earlier.codes.tolist() and again.earlier.codes.dtype == np.uint16
+    assert again.earlier.offsets.tolist() == [0, 2, 2, 3]
+    index.to_parquet(path, earlier=False)
+    assert pq.read_schema(path).names == ["user_id", "codes"] and UserIndex.from_parquet(path).earlier is None
+    nobody = UserIndex(["ann"], np.array([[2, 0]]), 32, earlier=EarlierCodes(np.array([0, 0]), np.empty((0, 2), int)))
+    nobody.to_parquet(path)
+    assert UserIndex.from_parquet(path).earlier.offsets.tolist() == [0, 0]
+
+
+def test_merged_maps_keep_earlier_codes():
+    index, new = with_earlier(), UserIndex(["dee", "cy"], np.array([[7, 7], [0, 1]]), 32)
+    offsets = [0, 1, 3]
+    other = UserIndex(
+        ["dee", "cy"], new.codes, 32, earlier=EarlierCodes(np.array(offsets), np.array([[9, 9], [1, 1], [2, 2]]))
+    )
+    merged = index.merge(new)
+    assert merged.spell("ann", 2) == "<a_7><b_8>" and merged.earlier.offsets.tolist() == [0, 2, 2, 3, 3]
+    assert index.merge(other).spell("dee", 1) == "<a_9><b_9>" and index.merge(other).spell("cy", 1) == "<a_5><b_6>"
+    assert of_kind("codes").merge(new).earlier is None
+    with pytest.raises(ValueError, match="user 'dee' has no codes without the newest 1"):
+        merged.spell("dee", 1)
+
+
+@pytest.mark.parametrize(
+    "earlier",
+    [
+        pa.array([[[1, 2]], None], pa.list_(pa.list_(pa.uint16()))),
+        pa.array([[[1, 2]], [None]], pa.list_(pa.list_(pa.uint16()))),
+        pa.array([[[1, 2]], [[1, None]]], pa.list_(pa.list_(pa.uint16()))),
+        pa.array([[[1, 2]], [[1]]], pa.list_(pa.list_(pa.uint16()))),
+        pa.array([[[1]], [[1]]], pa.list_(pa.list_(pa.uint16()))),
+        pa.array([[[1, 99]], []], pa.list_(pa.list_(pa.uint16()))),
+        pa.array([[["1", "2"]], []], pa.list_(pa.list_(pa.string()))),
+        pa.array([[1, 2], [3]], pa.list_(pa.uint16())),
+        pa.array(["1", "2"]),
+    ],
+)
+def test_malformed_earlier_codes_are_refused_by_file(earlier, tmp_path):
+    path = tmp_path / "user_index.parquet"
+    UserIndex(["a", "b"], np.array([[2, 0], [0, 31]]), 32).to_parquet(path)
+    table = pq.read_table(path)
+    pq.write_table(table.append_column("earlier", earlier), path)
+    with pytest.raises(ValueError, match=r"user_index\.parquet is not a user index"):
+        UserIndex.from_parquet(path)

@@ -68,13 +68,12 @@ def clean_titles(
     return cleaned, counts
 
 
-def spell_user(user_index: UserIndex, user_id: str, reserved: Iterable[str] = ()) -> str:
+def spell_user(user_index: UserIndex, user_id: str, reserved: Iterable[str] = (), before: int = 0) -> str:
     """A user's index as prompts and completions show it: user tokens, or neutralised text, for an id may be anything.
 
-    Raises:
-        KeyError: the map does not hold the user.
+    See `UserIndex.spell` for `before` and the errors.
     """
-    text = user_index.spell(user_id)
+    text = user_index.spell(user_id, before)
     return text if KINDS[user_index.kind].adds_tokens else neutralise(text, reserved) or NONE
 
 
@@ -90,7 +89,9 @@ def check_spellings(user_index: UserIndex, tokenizer: "PreTrainedTokenizerBase",
     """
     if KINDS[user_index.kind].adds_tokens and len(user_index):
         vocabulary = tokenizer.get_vocab()
-        largest = [user_token(level, code) for level, code in enumerate(user_index.codes.max(axis=0))]
+        used = [user_index.codes, *([user_index.earlier.codes] if user_index.earlier else [])]
+        most = np.max([codes.max(axis=0, initial=0) for codes in used], axis=0)
+        largest = [user_token(level, code) for level, code in enumerate(most)]
         if missing := [token for token in largest if token not in vocabulary]:
             raise ValueError(
                 f"the tokenizer has no token {missing[0]} of this user index ({user_index.levels} levels of "

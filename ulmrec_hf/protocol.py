@@ -4,6 +4,7 @@ import numpy as np
 
 SPLITS = ("train", "validation", "test")
 EVALUATED = SPLITS[1:]
+EVIDENCE = ("train", "all")  # what describes a user: the train part, or what its target is among too
 HELD_OUT = 2  # a user's last item is the test target, the one before it the validation target
 MIN_ITEMS = HELD_OUT + 1  # fewer leave nothing to train on
 MISS = -1  # the label of a row whose candidates do not hold the target, or whose task ranks nothing

@@ -126,7 +126,7 @@ class UserRanker:
         )
         (folder / USER_INDEX_FILE).unlink(missing_ok=True)  # of an earlier save
         if user_map and self.user_index is not None:
-            self.user_index.to_parquet(folder / USER_INDEX_FILE)
+            self.user_index.to_parquet(folder / USER_INDEX_FILE, earlier=False)
 
     @classmethod
     def from_pretrained(

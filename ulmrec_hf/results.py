@@ -119,9 +119,10 @@ def run_notes(retriever: RetrieverArguments, tasks: TaskArguments, *, evidence: 
         LEAVE_ONE_OUT,
         f"Evidence: {evidence}. "
         + (
-            "What describes a user (index, preference, ratings shown) comes from the train part alone."
+            "What describes a user (index, preference, ratings shown) comes from the train part alone, in training "
+            "rows from before their target."
             if evidence == "train"
-            else "Preferences come from all interactions, the test target's review included: these results leak."
+            else "User index and preferences come from all interactions, the test target included: these results leak."
         ),
         f"Candidates: the top {tasks.num_candidates} of {retriever.retriever}; a target that is not among them is a "
         "miss for every system that ranks them. Retrievers are scored on their own top.",

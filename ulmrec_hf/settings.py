@@ -14,6 +14,7 @@ from .stages import check_types, setting
 from .systems import ABLATIONS, System
 from .tasks.arguments import TaskArguments
 from .trainer import ULMRecTrainingArguments
+from .user_index import KINDS
 
 USER_TOKEN_STARTS = ("preferences", "random")
 
@@ -97,8 +98,29 @@ class Settings(NamedTuple):
                 f"num_candidates is {self.tasks.num_candidates}, but the retriever brings "
                 f"{self.retriever.num_candidates}: raise it in retriever_config."
             )
+        self._check_rows()
         if not self.model.model_name_or_path:
             raise ValueError(
                 "model_name_or_path is not set: name a causal language model (hub id or folder), or 'embedded' for the "
                 "small one that comes with the package."
+            )
+
+    def _check_rows(self) -> None:
+        """Raises ValueError where an earlier stage does not make what the rows of the tasks show, or makes a leak."""
+        wanted, stages = self.tasks.train_positions, {"preference_config": self.preferences}
+        if self.tasks.hard_negatives:
+            stages["retriever_config"] = self.retriever
+        if not KINDS[self.index.index_kind].by_number:
+            stages["index_config"] = self.index
+        for name, stage in stages.items():
+            made = stage.train_positions
+            if made and not 0 < wanted <= made:
+                raise ValueError(
+                    f"train_positions is {wanted}{'' if wanted else ' (all)'}, but that of {name} is {made}: raise it "
+                    "there, 0 = all."
+                )
+        if self.preferences.evidence != self.index.evidence:
+            raise ValueError(
+                f"evidence is {self.preferences.evidence} in preference_config and {self.index.evidence} in "
+                "index_config: set both to train, or both to all, which the paper's protocol needs."
             )

@@ -109,12 +109,14 @@ class Publisher:
             merged=pipeline.save_merged,
             save_base=source.extended,
             files={
-                USER_INDEX_FILE: run / "index" / "user_index.parquet" if pipeline.save_user_map else None,
                 ITEMS_FILE: run / "data" / "items.parquet",
                 TEMPLATES_FILE: self.tasks.prompt_templates,
             },
         )
         publish_model(model, tokenizer, folder, published)
+        if pipeline.save_user_map:  # what training rows showed of the users is of no use later
+            users = UserIndex.from_parquet(run / "index" / "user_index.parquet")
+            users.to_parquet(folder / USER_INDEX_FILE, earlier=False)
         write_parts(
             folder,
             LeaveOneOut.load(run / "data") if pipeline.save_user_map else None,

@@ -80,12 +80,12 @@ class IndexKind:
     """A way to spell a user's index in prompts.
 
     Attributes:
-        spell: from (index, row) to the text of a user.
+        spell: from (index, row, codes) to the text of a user; the codes, uint16 [levels], may be earlier ones.
         by_number: the text depends on the user's entry in `UserIndex.numbers`.
         adds_tokens: the text consists of user tokens, which the base model's tokenizer is extended by.
     """
 
-    spell: Callable[["UserIndex", int], str]
+    spell: Callable[["UserIndex", int, np.ndarray], str]
     by_number: bool = False
     adds_tokens: bool = False
 
@@ -93,11 +93,36 @@ class IndexKind:
 # The paper's Figure 9 compares codes, numbers and ids.
 KINDS = Registry(
     "index_kind",
-    codes=IndexKind(lambda index, row: spell_codes(index.codes[row]), adds_tokens=True),  # user tokens
-    text=IndexKind(lambda index, row: "-".join(map(str, index.codes[row]))),  # the same codes as plain text
-    number=IndexKind(lambda index, row: str(index.numbers[row]), by_number=True),  # the user's row in the map
-    id=IndexKind(lambda index, row: index.user_ids[index.numbers[row]], by_number=True),
+    codes=IndexKind(lambda index, row, codes: spell_codes(codes), adds_tokens=True),  # user tokens
+    text=IndexKind(lambda index, row, codes: "-".join(map(str, codes))),  # the same codes as plain text
+    number=IndexKind(lambda index, row, codes: str(index.numbers[row]), by_number=True),  # the user's row in the map
+    id=IndexKind(lambda index, row, codes: index.user_ids[index.numbers[row]], by_number=True),
 )
+
+
+@dataclass(frozen=True)
+class EarlierCodes:
+    """The codes of users without their newest train interactions, which training rows spell.
+
+    Attributes:
+        offsets: int64 [users + 1]; user u has the rows `offsets[u]` to `offsets[u + 1]`, which may be none.
+        codes: uint16 [rows, levels]: a user's without the newest interaction, without the newest two, ...; not unique.
+    """
+
+    offsets: np.ndarray
+    codes: np.ndarray
+
+    @property
+    def counts(self) -> np.ndarray:
+        """int64 [users], how many rows each has."""
+        return np.diff(self.offsets)
+
+    def shuffled(self, order: np.ndarray, codes: np.ndarray) -> "EarlierCodes":
+        """As many rows for each user u as before, from user `order[u]`: past the last one that one, or `codes[u]`."""
+        users = np.repeat(np.arange(len(order)), self.counts)
+        begin, end = self.offsets[:-1][order][users], self.offsets[1:][order][users]
+        rows = np.minimum(begin + np.arange(len(users)) - self.offsets[users], end - 1)
+        return EarlierCodes(self.offsets, np.where((begin < end)[:, None], self.codes[rows], codes[users]))
 
 
 class UserIndex:
@@ -109,10 +134,11 @@ class UserIndex:
         codebook_size: codes per level, at most 65,536.
         kind: what `spell` writes, one of `KINDS`; `id` is the user id, unchanged (see `ulmrec_hf.prompts.spell_user`).
         numbers: the row whose number and id each user has: its own, except in a shuffled map.
+        earlier: for an index that was made from the train part, the users' codes before their newest interactions.
 
     Raises:
         ValueError: two users share an id or a row of codes (the first such pair is named), a code is out of range,
-            there is no such kind, or numbers do not hold every row once.
+            there is no such kind, numbers do not hold every row once, or earlier codes are not of these users.
     """
 
     def __init__(
@@ -122,6 +148,7 @@ class UserIndex:
         codebook_size: int,
         kind: str = "codes",
         numbers: np.ndarray | None = None,
+        earlier: EarlierCodes | None = None,
     ):
         KINDS.check(kind)
         codes = np.asarray(codes)
@@ -160,6 +187,16 @@ class UserIndex:
             if first != row:
                 raise ValueError(f"User id {user_id!r} occurs twice, in rows {first} and {row}: ids must be unique.")
         self._check_unique_codes()
+        self.earlier = earlier and self._checked(earlier)
+
+    def _checked(self, earlier: EarlierCodes) -> EarlierCodes:
+        offsets, codes = np.asarray(earlier.offsets, np.int64), np.asarray(earlier.codes)
+        codes = codes if len(codes) else self.codes[:0]
+        shaped = offsets.shape == (len(self) + 1,) and codes.shape == (offsets[-1], self.levels) and not offsets[0]
+        whole = np.issubdtype(codes.dtype, np.integer) and (np.diff(offsets) >= 0).all()
+        if not (shaped and whole and 0 <= codes.min(initial=0) <= codes.max(initial=0) < self.codebook_size):
+            raise ValueError(f"earlier must hold rows of {self.levels} codes in 0..{self.codebook_size - 1} by user.")
+        return EarlierCodes(offsets, codes.astype(np.uint16, copy=False))
 
     def _check_unique_codes(self) -> None:
         if (self.keys[1:] > self.keys[:-1]).all():
@@ -200,9 +237,27 @@ class UserIndex:
     def __repr__(self) -> str:
         return f"UserIndex(users={len(self)}, levels={self.levels}, codebook_size={self.codebook_size})"
 
-    def spell(self, user_id: str) -> str:
-        """The user's index as text: by default user tokens, such as `<a_219><b_2><c_95><d_238>`; see `kind`."""
-        return KINDS[self.kind].spell(self, self._row(user_id))
+    def spell(self, user_id: str, before: int = 0) -> str:
+        """The user's index as text: by default user tokens, such as `<a_219><b_2><c_95><d_238>`; see `kind`.
+
+        Args:
+            before: how many of the newest train interactions the index must not have seen. Without `earlier` codes, and
+                for kinds spelled by number, all have the same index.
+
+        Raises:
+            KeyError: the map does not hold the user.
+            ValueError: there are `earlier` codes, but not so many of this user.
+        """
+        kind, row, earlier = KINDS[self.kind], self._row(user_id), self.earlier
+        if not before or earlier is None or kind.by_number:
+            return kind.spell(self, row, self.codes[row])
+        begin, end = earlier.offsets[row : row + 2]
+        if before > end - begin:
+            raise ValueError(
+                f"user_index: user {user_id!r} has no codes without the newest {before} train interactions, only up to "
+                f"{end - begin}: raise train_positions of the indexing (YAML index_config)."
+            )
+        return kind.spell(self, row, earlier.codes[begin + before - 1])
 
     @cached_property
     def keys(self) -> np.ndarray:
@@ -245,25 +300,25 @@ class UserIndex:
         merged._rows = self._rows | {user: len(self) + place for place, user in enumerate(users)}
         order = keys.argsort()
         merged.keys = np.insert(self.keys, places[order], keys[order])
+        merged.earlier = _joined(self, other, new)
         return merged
 
     def shuffled(self, seed: int) -> "UserIndex":
         """The same users with the same codes (numbers, ids) permuted among them: what a placebo run uses."""
         order = np.random.default_rng(seed).permutation(len(self))
-        return UserIndex(self.user_ids, self.codes[order], self.codebook_size, self.kind, self.numbers[order])
+        codes, earlier = self.codes[order], self.earlier and self.earlier.shuffled(order, self.codes[order])
+        return UserIndex(self.user_ids, codes, self.codebook_size, self.kind, self.numbers[order], earlier)
 
-    def to_parquet(self, path: str | os.PathLike) -> None:
+    def to_parquet(self, path: str | os.PathLike, *, earlier: bool = True) -> None:
         """Writes user_id, codes (list<uint16>) and, for kinds spelled by number, number (int32), atomically.
 
-        The schema's metadata hold codebook_size and, for a kind other than codes, index_kind.
+        With `earlier`, and where they are known, earlier (list<list<uint16>>) too. The schema's metadata hold
+        codebook_size and, for a kind other than codes, index_kind.
         """
-        offsets = np.arange(0, self.codes.size + 1, self.levels, dtype=np.int32)
-        table = pa.table(
-            {
-                "user_id": pa.array(self.user_ids, pa.string()),
-                "codes": pa.ListArray.from_arrays(pa.array(offsets), pa.array(self.codes.ravel())),
-            }
-        )
+        table = pa.table({"user_id": pa.array(self.user_ids, pa.string()), "codes": _lists(self.codes)})
+        if earlier and self.earlier is not None:
+            rows = pa.ListArray.from_arrays(self.earlier.offsets.astype(np.int32), _lists(self.earlier.codes))
+            table = table.append_column("earlier", rows)
         metadata = {"codebook_size": str(self.codebook_size)}
         if self.kind != "codes":
             metadata["index_kind"] = self.kind
@@ -287,20 +342,16 @@ class UserIndex:
                 f"{path} is not a user index: it needs the columns user_id and codes, and codebook_size in its "
                 f"schema metadata; it has the columns {', '.join(table.column_names)}."
             )
-        codes = table["codes"].combine_chunks()
-        is_list = pa.types.is_list(codes.type)
-        lengths = np.unique(codes.value_lengths().to_numpy(zero_copy_only=False)) if is_list else []
-        if len(lengths) != 1 or codes.flatten().null_count:
-            raise ValueError(
-                f"{path} is not a user index: it needs users, and a list of as many codes for each, none missing."
-            )
-        flat = codes.flatten().to_numpy()
+        codes = _read_lists(table["codes"].combine_chunks())
+        if codes is None or not len(codes):
+            raise ValueError(f"{path} is not a user index: it needs users, and a list of as many codes for each.")
         kind = metadata.get(b"index_kind", b"codes").decode()
         size, numbers = int(metadata[b"codebook_size"]), None
         try:
             if KINDS[KINDS.check(kind)].by_number and "number" in table.column_names:
                 numbers = table["number"].to_numpy()
-            return cls(table["user_id"].to_pylist(), flat.reshape(len(table), -1), size, kind, numbers)
+            earlier = _read_earlier(table["earlier"].combine_chunks()) if "earlier" in table.column_names else None
+            return cls(table["user_id"].to_pylist(), codes, size, kind, numbers, earlier)
         except ValueError as error:
             raise ValueError(f"{path} is not a user index: {error}") from None
 
@@ -316,3 +367,34 @@ class UserIndex:
             "perplexity": [round(perplexity(level, self.codebook_size), 3) for level in self.codes.T],
             "users_alone": alone,
         }
+
+
+def _joined(one: UserIndex, other: UserIndex, new: list[int]) -> EarlierCodes | None:
+    """The earlier codes of `one` and of the rows `new` of `other`; no rows for the users of a map that has none."""
+    if one.earlier is None and other.earlier is None:
+        return None
+    nothing = [EarlierCodes(np.zeros(len(each) + 1, np.int64), each.codes[:0]) for each in (one, other)]
+    old, theirs = one.earlier or nothing[0], other.earlier or nothing[1]
+    is_new = np.isin(np.arange(len(other)), new)
+    codes = np.concatenate([old.codes, theirs.codes[np.repeat(is_new, theirs.counts)]])
+    return EarlierCodes(np.append(old.offsets, old.offsets[-1] + np.cumsum(theirs.counts[is_new])), codes)
+
+
+def _lists(codes: np.ndarray) -> pa.ListArray:
+    offsets = np.arange(0, codes.size + 1, codes.shape[1], dtype=np.int32)
+    return pa.ListArray.from_arrays(offsets, pa.array(codes.ravel()))
+
+
+def _read_lists(lists: pa.Array) -> np.ndarray | None:
+    """Lists of one length as an array [rows, length]; None where they are something else."""
+    if not pa.types.is_list(lists.type) or lists.null_count or lists.flatten().null_count:
+        return None
+    lengths = np.unique(lists.value_lengths().to_numpy())
+    return lists.flatten().to_numpy().reshape(-1, *lengths) if len(lengths) <= 1 else None
+
+
+def _read_earlier(lists: pa.Array) -> EarlierCodes:
+    codes = _read_lists(lists.flatten()) if pa.types.is_list(lists.type) and not lists.null_count else None
+    if codes is None:
+        raise ValueError("earlier must hold a list of lists of as many codes as `codes` for each user, none missing.")
+    return EarlierCodes(np.concatenate([[0], np.cumsum(lists.value_lengths().to_numpy(), dtype=np.int64)]), codes)

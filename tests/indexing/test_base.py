@@ -1,19 +1,22 @@
 import json
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
-from tests.data_stage import TASTES, write_data_stage
+from tests.data_stage import TASTES, data_tables, write_data_stage
+from ulmrec_hf.files import write_table
 from ulmrec_hf.indexing.arguments import IndexArguments
+from ulmrec_hf.indexing.assignment import nearest_codes
 from ulmrec_hf.indexing.base import INDEXERS, Indexer, IndexerConfig, load_indexer
 from ulmrec_hf.indexing.encoder import TfidfEncoder
 from ulmrec_hf.indexing.indexer import UserIndexer
 from ulmrec_hf.indexing.residual_kmeans import ResidualKMeans
 from ulmrec_hf.indexing.stage import index_users
 from ulmrec_hf.tables import LeaveOneOut
-from ulmrec_hf.user_index import UserIndex
+from ulmrec_hf.user_index import UserIndex, spell_codes
 
 SETTINGS = {"codebook_size": 8, "levels": 3, "embedding_dim": 16}
 TRAINING = {"code_dim": 6, "steps": 10, "autoencoder_steps": 10}
@@ -100,6 +103,87 @@ def test_nothing_is_encoded_again_before_the_indexer_is_saved(folder, tmp_path, 
     indexer.save_pretrained(tmp_path)
     np.testing.assert_array_equal(indexer.index(data).codes, first.codes)
     assert len(encoded) == 2
+
+
+def other_newest(folder, tmp_path, users):
+    """The same data with the newest train interaction of these users another one."""
+    tables = {name: pq.read_table(folder / f"{name}.parquet").to_pandas() for name in ("interactions", "sequences")}
+    lists = [items.copy() for items in tables["sequences"]["items"]]
+    rows, interactions = 0, tables["interactions"]
+    for user, items in enumerate(lists):
+        rows += len(items)
+        if user not in users:
+            continue
+        items[-3] = (items[-3] + 19) % 40 + 1
+        interactions.loc[rows - 3, ["item", "item_id"]] = items[-3], f"item{items[-3]:04d}"
+        interactions.loc[rows - 3, "review"] = "elegant garden lamp" if items[-3] < 20 else "sturdy camping tent"
+    tables["sequences"]["items"] = lists
+    for name, frame in tables.items():
+        schema = pq.read_schema(folder / f"{name}.parquet").remove_metadata()
+        write_table(tmp_path / f"{name}.parquet", pa.Table.from_pandas(frame, schema, preserve_index=False))
+    write_table(tmp_path / "items.parquet", pq.read_table(folder / "items.parquet"))
+    return in_memory(tmp_path)
+
+
+@pytest.mark.parametrize("inputs", INPUTS)
+@pytest.mark.parametrize("name", ["rq_vae", "residual_kmeans"])
+def test_the_target_of_a_training_row_does_not_change_its_index(name, inputs, folder, tmp_path):
+    changed = range(0, 60, 5)  # of one group of `InputEncoder.without_own_choices`
+    given, other = in_memory(folder), other_newest(folder, tmp_path, changed)
+    INDEXERS[name].fit(given, **all_settings(name, **inputs)).save_pretrained(tmp_path / "indexer")
+    indexer = load_indexer(tmp_path / "indexer")  # frozen, and with no vectors kept
+    before, after = indexer.index(given, train_positions=3), indexer.index(other, train_positions=3)
+    np.testing.assert_array_equal(before.earlier.offsets, np.concatenate([[0], np.cumsum([2, 3, 3, 3] * 15)]))
+    rows = [row for user in changed for row in range(*before.earlier.offsets[user : user + 2])]
+    np.testing.assert_array_equal(before.earlier.codes[rows], after.earlier.codes[rows])
+    names = [before.user_ids[user] for user in changed]
+    assert [before.spell(user, 1) for user in names] == [after.spell(user, 1) for user in names]
+    assert (before.codes != after.codes).any(axis=1)[changed].mean() > 0.2
+
+
+def test_earlier_codes_are_those_of_users_who_stopped_there(folder):
+    data = in_memory(folder)
+    indexer = ResidualKMeans.fit(data, **SETTINGS)
+    index, texts = indexer.index(data, train_positions=0), data.texts()
+    for user in (0, 7, 30):
+        for before in (1, 2):
+            ids = texts.of_user(user)[: -before or None]
+            vectors = torch.from_numpy(indexer.inputs.encode(reviews=[texts.texts[text] for text in ids]))[None]
+            mask = torch.ones(vectors.shape[:2], dtype=bool)
+            latents = indexer.encode(indexer.pool(vectors, mask, torch.zeros(1, 0)))
+            expected = nearest_codes(latents.numpy(), indexer.codebooks.numpy())[0]
+            assert index.spell(index.user_ids[user], before) == spell_codes(expected)
+    assert len(index.earlier.codes) == sum(len(items) - 3 for items in data.sequences)
+
+
+def test_users_with_one_train_item_have_no_earlier_codes():
+    tables = data_tables(20)
+    short = [items if user % 2 else items[:3] for user, items in enumerate(tables["sequences"]["items"].to_pylist())]
+    kept = [row < 3 or user % 2 for user, items in enumerate(tables["sequences"]["items"]) for row in range(len(items))]
+    tables["interactions"] = tables["interactions"].filter(pa.array([bool(each) for each in kept]))
+    lists = pa.array(short, pa.list_(pa.int32()))
+    tables["sequences"] = tables["sequences"].set_column(2, "items", lists)
+    data = LeaveOneOut(tables)
+    index = ResidualKMeans.fit(data, **SETTINGS).index(data, train_positions=1)
+    assert np.diff(index.earlier.offsets).tolist() == [0, 1] * 10
+    assert index.shuffled(0).spell("user0001", 1)
+
+
+def test_all_evidence_is_one_index_for_all_rows(folder, tmp_path):
+    leaky, given = in_memory(folder), in_memory(folder)
+    indexer = ResidualKMeans.fit(leaky, **SETTINGS, evidence="all")
+    index = indexer.index(leaky)
+    assert index.earlier is None and index.spell("user0000", 3) == index.spell("user0000")
+    assert (index.codes != ResidualKMeans.fit(given, **SETTINGS).index(given).codes).any()
+    indexer.save_pretrained(tmp_path / "indexer")
+    np.testing.assert_array_equal(load_indexer(tmp_path / "indexer").index(given).codes, index.codes)
+    stage = index_users(
+        IndexArguments(indexer="residual_kmeans", **SETTINGS, evidence="all"), LeaveOneOut.load(folder), tmp_path
+    )
+    np.testing.assert_array_equal(UserIndex.from_parquet(stage / "user_index.parquet").codes, index.codes)
+    assert "were SEEN by the index (evidence: all): it leaks" in (stage / "report.md").read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match="evidence is 'some'; it must be one of train, all"):
+        IndexArguments(evidence="some")
 
 
 def test_residual_kmeans_finds_the_tastes(folder):

@@ -26,14 +26,14 @@ def make_train(lists, weights, **numbers):
 
 
 def test_items_of_the_same_users_are_near():
-    vectors = item_vectors(make_sequences([[1, 2], [1, 2], [1, 2, 3], [4, 5], [4, 5], [5, 4]]), 3, 50)
+    vectors, _ = item_vectors(make_sequences([[1, 2], [1, 2], [1, 2, 3], [4, 5], [4, 5], [5, 4]]), 3, 50)
     np.testing.assert_allclose(np.linalg.norm(vectors[:5], axis=1), 1, rtol=1e-5)
     assert vectors[0] @ vectors[1] > 0.9 > 0.3 > vectors[0] @ vectors[3]
     assert not vectors[5].any()  # nobody chose it
 
 
 def test_only_the_newest_interactions_count():
-    with_old = item_vectors(make_sequences([[6, 1, 2], [6, 1, 2], [4, 5], [4, 5]]), 3, 2)
+    with_old, _ = item_vectors(make_sequences([[6, 1, 2], [6, 1, 2], [4, 5], [4, 5]]), 3, 2)
     assert not with_old[5].any() and with_old[0] @ with_old[1] > 0.9
 
 
@@ -141,5 +141,6 @@ def test_ratings_that_some_lack_are_read(tmp_path):
     train = TrainPart.read(LeaveOneOut.load(folder), ["ratings"], [0.3])
     assert train.numbers["ratings"][0] == 4 and np.isnan(train.numbers["ratings"][1])
     dataset = InputEncoder.fit(train, None).dataset(train)
-    assert dataset.offsets[1] == train.sequences.offsets[1] - 1  # the one without a rating is left out
+    counts = dataset.collate(range(len(dataset)))["mask"].sum(dim=1)
+    assert counts[0] == train.sequences.offsets[1] - 1  # the one without a rating is left out
     assert isinstance(dataset.inputs[0].table, np.ndarray)

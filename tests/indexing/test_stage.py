@@ -31,6 +31,7 @@ def stage(tmp_path_factory):
 def test_every_user_has_an_index_of_their_own(stage):
     index = UserIndex.from_parquet(stage / "user_index.parquet")
     assert len(index) == 60 and index.levels == 3 and index.codebook_size == 8
+    assert np.diff(index.earlier.offsets).tolist() == [2, 3, 4, 5] * 15  # one for each training target
     report = json.loads((stage / "report.json").read_text())
     assert report["users"] == 60 and report["collisions_after"] == 0 <= report["collisions_before"]
     assert len(report["codes_used"]) == len(report["perplexity"]) == len(report["reconstruction_error"]) == 3

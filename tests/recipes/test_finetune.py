@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -38,6 +39,8 @@ def test_a_run_leaves_every_stage_and_no_path_of_this_machine(run_folder):
         assert (run_folder / name / "stage.json").is_file(), name
     for name in ("adapter", "base", "merged", "user_index.parquet", "items.parquet", "ranker.json"):
         assert (run_folder / "model" / name).exists(), name
+    columns = [pq.read_schema(run_folder / name / "user_index.parquet").names for name in ("index", "model")]
+    assert columns == [["user_id", "codes", "earlier"], ["user_id", "codes"]]
     assert not list(run_folder.rglob("*.partial")) and not list(run_folder.rglob("checkpoint-*"))
     assert not [path for path in run_folder.rglob("*") if path.suffix in (".pt", ".pth", ".bin", ".pkl")]
     for path in [*run_folder.rglob("*.json"), *run_folder.rglob("*.md")]:
@@ -302,6 +305,8 @@ def test_held_out_interactions_change_nothing_that_is_trained(swapped, small_set
         assert (given / name).read_bytes() == (other / name).read_bytes(), name
     test_rows = "data/tasks/next_item/test-00000-of-00001.parquet"
     assert (given / test_rows).read_bytes() != (other / test_rows).read_bytes()
+    index = pq.read_table(given / "index" / "user_index.parquet")
+    assert index["earlier"].combine_chunks().value_lengths().to_pylist() == [1] * len(index)  # what training rows spell
 
 
 @pytest.mark.slow
@@ -366,6 +371,32 @@ def test_bad_settings_are_reported_and_nothing_is_half_written(argv, text, small
         )
     left = [path for path in (tmp_path / "run").rglob("*") if path.is_file()] if (tmp_path / "run").exists() else []
     assert {path.name for path in left} <= {"log.txt"}
+
+
+def test_stages_that_do_not_make_what_the_tasks_show_are_refused(small_settings, tmp_path):
+    finetune = load_recipe("finetune")
+    settings = finetune.parse(
+        ["--config", str(small_settings), "--output_dir", str(tmp_path), "--train_positions", "3"]
+    )
+    assert settings.index.train_positions == 3
+    stages = {"index": "index_config", "retriever": "retriever_config", "preferences": "preference_config"}
+    for stage, name in stages.items():
+        for made, wanted in ((2, 3), (3, 0)):
+            changed = {each: replace(getattr(settings, each), train_positions=0) for each in stages}
+            changed[stage] = replace(changed[stage], train_positions=made)
+            changed["tasks"] = replace(settings.tasks, train_positions=wanted)
+            with pytest.raises(
+                ValueError, match=rf"train_positions is {wanted}.*, but that of {name} is {made}: raise"
+            ):
+                settings._replace(**changed).check()
+    few = replace(settings.index, train_positions=2)
+    settings._replace(index=replace(few, index_kind="number")).check()  # a number is the same in all rows
+    fewer = replace(settings.retriever, train_positions=2)
+    settings._replace(retriever=fewer, tasks=replace(settings.tasks, hard_negatives=0.0)).check()
+    leaky = replace(settings.index, evidence="all")
+    with pytest.raises(ValueError, match="evidence is train in preference_config and all in index_config: set both"):
+        settings._replace(index=leaky).check()
+    settings._replace(index=leaky, preferences=replace(settings.preferences, evidence="all")).check()
 
 
 def test_an_unknown_key_is_an_error(small_settings, tmp_path):

@@ -13,7 +13,7 @@ from ulmrec_hf.tasks.collators import ULMRecCollator
 from ulmrec_hf.tasks.dataset import write_tasks
 from ulmrec_hf.tasks.records import TASKS
 from ulmrec_hf.tokenization_user import UserTokenizer
-from ulmrec_hf.user_index import UserIndex
+from ulmrec_hf.user_index import EarlierCodes, UserIndex
 
 
 def _history(items):
@@ -249,6 +249,30 @@ def test_preferences_come_from_before_the_target(rows, world):
                 items = world.items(user)
                 last_seen = items[min(position, len(items) - 2) - 1]
                 assert section(row["prompt"], "Preference") == f"likes thing {last_seen}"
+
+
+def test_a_training_row_spells_the_index_before_its_target(world, tokenizer):
+    lengths = [len(world.items(user)) - 3 for user in range(USERS)]  # targets of the train part
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    place = np.concatenate([np.arange(1, count + 1) for count in lengths])
+    codes = np.stack([np.full(len(place), 7), place, place, place], axis=1)
+    users = UserIndex(world.users.user_ids, world.users.codes, 8, earlier=EarlierCodes(offsets, codes))
+    rows = replace(world, users=users).rows(tokenizer, train_positions=0)
+    for task in ("next_item", "rating"):
+        for split in ("train", "validation", "test"):
+            for (user, position), row in zip(rows.keys(task, split).tolist(), rows.rows(task, split), strict=True):
+                before = max(0, len(world.items(user)) - 2 - position)
+                expected = f"<a_7><b_{before}><c_{before}><d_{before}>" if before else users.spell(f"u{user}")
+                assert bool(before) == (split == "train") and section(row["prompt"], "User") == expected
+    for task in ("history_to_index", "preference_to_index"):
+        assert [row["completion"] for row in rows.rows(task, "train")] == [users.spell(user) for user in users]
+    few = UserIndex(users.user_ids, users.codes, 8, earlier=EarlierCodes(np.arange(USERS + 1), codes[:USERS]))
+    with pytest.raises(ValueError, match=r"user 'u0' has no codes without the newest 2 .*raise train_positions"):
+        list(replace(world, users=few).rows(tokenizer).rows("next_item", "train"))
+    codes[-1, 2] = 9  # the tokenizer has eight a level
+    larger = UserIndex(users.user_ids, users.codes, 16, earlier=EarlierCodes(offsets, codes))
+    with pytest.raises(ValueError, match="the tokenizer has no token <c_9> of this user index"):
+        replace(world, users=larger).rows(tokenizer)
 
 
 # ---------------------------------------------------------------- length

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from ..protocol import EVIDENCE
 from ..registry import Registry
 from ..stages import check_types, setting
 from ..user_index import KINDS, MAX_CODEBOOK_SIZE, MAX_LEVELS
@@ -55,6 +56,16 @@ class IndexArguments:
     input_weights: list[float] = field(
         default_factory=list, metadata={"help": "How much each of the inputs counts; none = 1 each."}
     )
+    train_positions: int = setting(
+        5,
+        "For how many of a user's newest training targets there are codes from what came before the target, besides "
+        "those of the whole train part; 0 = all. At least as many as the tasks have.",
+    )
+    evidence: str = setting(
+        "train",
+        "train: the train part, in training rows before their target. all: every interaction, the test target "
+        "included, as the paper did; such results are leaky and are reported as such.",
+    )
     cooccurrence_dim: int = setting(128, "Length of an item's vector by co-occurrence, at most.")
     index_kind: str = setting(
         "codes",
@@ -68,7 +79,8 @@ class IndexArguments:
     embedding_dim: int = setting(384, "Length of a text embedding of the encoder tfidf, at most.")
     preset: str = setting(
         "default",
-        "paper: learned codebooks, attention, and the loss of the paper's eqs. (4)-(6). default: what measures best, "
+        "paper: learned codebooks, attention, and the loss of the paper's eqs. (4)-(6), after batches without codes "
+        "(autoencoder_steps), which the paper does not have. default: what measures best, "
         "codebooks by k-means over the latent vectors of an autoencoder; batches with codes (steps) keep them as "
         "running means and revive dead ones.",
     )
@@ -121,6 +133,8 @@ class IndexArguments:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0, and finite.")
         if self.seed >= 2**32:
             raise ValueError(f"seed is {self.seed}; it must be below 2^32.")
-        for name in ("autoencoder_steps", "steps", "batch_size", "seed"):
+        if self.evidence not in EVIDENCE:
+            raise ValueError(f"evidence is {self.evidence!r}; it must be one of {', '.join(EVIDENCE)}.")
+        for name in ("train_positions", "autoencoder_steps", "steps", "batch_size", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more.")

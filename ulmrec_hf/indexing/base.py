@@ -15,9 +15,10 @@ from huggingface_hub import PyTorchModelHubMixin, snapshot_download
 from torch import nn
 
 from ..files import read_json, write_json
+from ..protocol import target_positions
 from ..stages import with_settings
 from ..tables import LeaveOneOut
-from ..user_index import UserIndex
+from ..user_index import EarlierCodes, UserIndex
 from .arguments import INDEXERS, IndexArguments
 from .assignment import Assignment, assign_new, assign_unique, check_capacity, nearest_codes
 from .dataset import UserDataset
@@ -40,6 +41,7 @@ class IndexerConfig:
         code_dim: length of a latent vector.
         encoder_name: which text encoder the vectors come from; empty without texts.
         index_kind: how the indices are spelled, one of `user_index.KINDS`.
+        evidence: which interactions it was made from, see `IndexArguments`.
     """
 
     embedding_dim: int = 384
@@ -48,6 +50,7 @@ class IndexerConfig:
     code_dim: int = 32
     encoder_name: str = "tfidf"
     index_kind: str = "codes"
+    evidence: str = "train"
 
 
 class Indexer(nn.Module, PyTorchModelHubMixin, ABC):
@@ -92,7 +95,7 @@ class Indexer(nn.Module, PyTorchModelHubMixin, ABC):
             raise ValueError(f"give args or single settings, not both; got args and {', '.join(settings)}.")
         args = args or with_settings(IndexArguments(preset=settings.get("preset", "default")), settings)
         check_capacity(len(data), args.levels, args.codebook_size)
-        train = TrainPart.read(data, args.inputs, args.input_weights)
+        train = TrainPart.read(data, args.inputs, args.input_weights, args.evidence)
         inputs = cls.fit_inputs(args, train, fit_encoder(args, train.texts))
         dataset = inputs.dataset(train)
         indexer = cls.fit_encoded(args, inputs, dataset)
@@ -119,10 +122,9 @@ class Indexer(nn.Module, PyTorchModelHubMixin, ABC):
     @classmethod
     def configure(cls, args: IndexArguments, inputs: InputEncoder, dataset: UserDataset) -> IndexerConfig:
         """The configuration of an indexer of these users; latent vectors are as long as the users' vectors."""
-        encoder_name = inputs.encoder.name if inputs.encoder else ""
-        return IndexerConfig(
-            dataset.dim, args.codebook_size, args.levels, dataset.dim, encoder_name, index_kind=args.index_kind
-        )
+        name = inputs.encoder.name if inputs.encoder else ""
+        sizes = (dataset.dim, args.codebook_size, args.levels, dataset.dim)
+        return IndexerConfig(*sizes, name, index_kind=args.index_kind, evidence=args.evidence)
 
     @abstractmethod
     def train_on(self, dataset: UserDataset, args: IndexArguments) -> None:
@@ -190,8 +192,37 @@ class Indexer(nn.Module, PyTorchModelHubMixin, ABC):
         errors = [round(error, 4) for error in (errors / max(1, len(dataset))).tolist()]
         return Assignment(codes, nearest, latents, errors, silent)
 
-    def index(self, data: LeaveOneOut) -> UserIndex:
+    @torch.no_grad()
+    def earlier_codes(self, dataset: UserDataset, data: LeaveOneOut, train_positions: int = 5) -> EarlierCodes | None:
+        """The nearest codes of these users before each of their training targets, from the frozen codebooks.
+
+        Args:
+            dataset: what `inputs.dataset` gave for the train part of `data`.
+            train_positions: how many of a user's newest training targets; 0 = all.
+
+        Returns:
+            None where the indexer was made from all interactions: then there is one index for all rows.
+        """
+        if self.settings.evidence == "all":
+            return None
+        users, positions = target_positions(data.sequences.lengths, "train", train_positions)
+        positions = positions[np.lexsort((-positions, users))]
+        codes = np.empty((len(users), self.settings.levels), np.uint16)
+        for group, unseen in self._known_inputs().without_own_choices(dataset, data):
+            rows = np.flatnonzero(np.isin(users, group))
+            begin = 0
+            for vectors in self.vectors(unseen.before(users[rows], positions[rows])):
+                nearest = nearest_codes(self.encode(vectors).numpy(), self.codebooks.numpy())
+                codes[rows[begin : begin + len(nearest)]] = nearest
+                begin += len(nearest)
+        return EarlierCodes(np.searchsorted(users, np.arange(len(dataset) + 1)), codes)
+
+    def index(self, data: LeaveOneOut, train_positions: int = 5) -> UserIndex:
         """The index of all users of the data, from their train part and the frozen codebooks.
+
+        Args:
+            train_positions: for how many of a user's newest training targets there are `earlier` codes, which have not
+                seen the target; at least as many as the tasks have; 0 = all.
 
         Raises:
             ValueError: there are more users than indices, the data lacks an input, or the indexer lacks its `inputs`.
@@ -201,9 +232,11 @@ class Indexer(nn.Module, PyTorchModelHubMixin, ABC):
         else:
             check_capacity(len(data), self.settings.levels, self.settings.codebook_size)
             inputs = self._known_inputs()
-            dataset = inputs.dataset(TrainPart.read(data, [*inputs.weights], [*inputs.weights.values()]))
-        codes = self.assign(dataset).codes
-        return UserIndex(data.user_ids, codes, self.settings.codebook_size, self.settings.index_kind)
+            weights = [*inputs.weights], [*inputs.weights.values()]
+            dataset = inputs.dataset(TrainPart.read(data, *weights, self.settings.evidence))
+        codes, config = self.assign(dataset).codes, self.settings
+        earlier = self.earlier_codes(dataset, data, train_positions)
+        return UserIndex(data.user_ids, codes, config.codebook_size, config.index_kind, earlier=earlier)
 
     @torch.no_grad()
     def index_new(

@@ -1,7 +1,9 @@
 """Users as batches of vectors: one for each of their newest interactions."""
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 import torch
@@ -40,8 +42,22 @@ class UserDataset(Dataset):
     def __init__(self, inputs: Sequence[Input], offsets: np.ndarray, user_ids: Table | None, max_reviews: int):
         known = np.any([part.ids >= 0 for part in inputs], axis=0)
         self.inputs = [replace(part, ids=part.ids[known]) for part in inputs]
-        self.offsets = np.concatenate([[0], np.cumsum(known, dtype=np.int64)])[offsets]
+        self._offsets, self._places = offsets, np.concatenate([[0], np.cumsum(known, dtype=np.int64)])
+        self._users, self._begins, self._ends = np.arange(len(offsets) - 1), *self._places[[offsets[:-1], offsets[1:]]]
         self.user_ids, self.max_reviews = user_ids, max_reviews
+
+    def before(self, users: np.ndarray, positions: np.ndarray) -> Self:
+        """Row i is user `users[i]` before the interaction at `positions[i]`, int [rows] each; no vector is copied."""
+        prefixes = copy(self)
+        prefixes._users, prefixes._begins = self._users[users], self._begins[users]
+        prefixes._ends = self._places[self._offsets[users] + positions]
+        return prefixes
+
+    def with_table(self, place: int, table: Table) -> Self:
+        """The same with other vectors of the input at `place`."""
+        other = copy(self)
+        other.inputs = [replace(part, table=table) if at == place else part for at, part in enumerate(self.inputs)]
+        return other
 
     @property
     def dim(self) -> int:
@@ -49,7 +65,7 @@ class UserDataset(Dataset):
         return sum(part.table.shape[1] for part in self.inputs)
 
     def __len__(self) -> int:
-        return len(self.offsets) - 1
+        return len(self._users)
 
     def __getitem__(self, user: int) -> int:
         return user
@@ -57,8 +73,8 @@ class UserDataset(Dataset):
     def collate(self, users: Sequence[int]) -> dict[str, torch.Tensor]:
         """The padded batch that `Indexer.pool` takes."""
         users = np.asarray(users)
-        ends = self.offsets[users + 1]
-        counts = np.minimum(ends - self.offsets[users], self.max_reviews)
+        ends = self._ends[users]
+        counts = np.minimum(ends - self._begins[users], self.max_reviews)
         width = max(1, int(counts.max(initial=0)))
         mask = np.arange(width) < counts[:, None]
         places = (ends - counts)[:, None] + np.arange(width)
@@ -71,7 +87,7 @@ class UserDataset(Dataset):
             texts[ids >= 0, begin:end] = part.weight * unit(part.table[ids[ids >= 0]])
             begin = end
         mask &= texts.any(axis=2)
-        ids = np.zeros((len(users), 0), np.float32) if self.user_ids is None else self.user_ids[users]
+        ids = np.zeros((len(users), 0), np.float32) if self.user_ids is None else self.user_ids[self._users[users]]
         return {
             "texts": torch.from_numpy(texts),
             "mask": torch.from_numpy(mask),

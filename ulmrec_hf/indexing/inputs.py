@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -20,6 +20,8 @@ from .encoder import TextEncoder, TfidfEncoder, load_encoder
 
 Embed = Callable[[TextEncoder, str, Sequence[str]], Table]
 _HASHED_DIM = 64
+_FOLDS = 5  # of users, each of whom must not see what it chose in the vectors of items
+_BLOCK = 65_536  # users at once
 _LARGEST = 1e300
 _DAY = 86_400
 _YEAR = 365.2425
@@ -44,17 +46,21 @@ class TrainPart:
     sequences: Sequences
 
     @classmethod
-    def read(cls, data: LeaveOneOut, names: Sequence[str], weights: Sequence[float] = ()) -> Self:
+    def read(
+        cls, data: LeaveOneOut, names: Sequence[str], weights: Sequence[float] = (), evidence: str = "train"
+    ) -> Self:
         """Reads the inputs of these names, see `arguments.INPUTS`; without weights, each counts 1.
+
+        The evidence "all" reads every interaction, the test target included, as if it were the train part.
 
         Raises:
             ValueError: an input that the data does not have.
         """
         by_name, texts, numbers = {}, {}, {}
-        kept = train_lengths(data.sequences.lengths)
+        kept = train_lengths(data.sequences.lengths) if evidence == "train" else data.sequences.lengths
         for name, weight in zip(names, weights or [1.0] * len(names), strict=True):
             if name in ("auto", "reviews", "titles"):
-                part = data.texts(name)
+                part = data.texts(name, train_only=evidence == "train")
                 name = part.kind
                 texts[name] = part
             elif name in ("ratings", "times"):
@@ -76,6 +82,7 @@ class InputEncoder:
         encoder: of reviews and titles; None where neither is an input.
         item_ids: raw ids of the rows of `item_vectors`.
         item_vectors: float32 [items, dim], of the input `cooccurrence`.
+        item_basis: float32 [items, dim], what turns an item's cosines with all items into its vector.
         ranges: the lowest and highest rating and time of the train part.
         max_reviews: how many of a user's newest interactions count.
         user_ids: whether user ids are encoded too, for attention.
@@ -90,10 +97,11 @@ class InputEncoder:
         ranges: Mapping[str, Sequence[float]] | None = None,
         max_reviews: int = 50,
         user_ids: bool = False,
+        item_basis: np.ndarray | None = None,
     ):
         self.weights, self.encoder, self.ranges = dict(weights), encoder, dict(ranges or {})
         self.max_reviews, self.user_ids = max_reviews, user_ids
-        self.item_ids, self.item_vectors = list(item_ids), item_vectors
+        self.item_ids, self.item_vectors, self.item_basis = list(item_ids), item_vectors, item_basis
         self._rows = {item_id: row for row, item_id in enumerate(self.item_ids)}
 
     @classmethod
@@ -110,8 +118,8 @@ class InputEncoder:
         ranges = {name: [float(np.nanmin(part)), float(np.nanmax(part))] for name, part in train.numbers.items()}
         if "cooccurrence" not in train.weights:
             return cls(train.weights, encoder, ranges=ranges, max_reviews=max_reviews, user_ids=user_ids)
-        vectors = item_vectors(train.sequences, cooccurrence_dim, max_reviews)
-        return cls(train.weights, encoder, train.item_ids, vectors, ranges, max_reviews, user_ids)
+        vectors, basis = item_vectors(train.sequences, cooccurrence_dim, max_reviews)
+        return cls(train.weights, encoder, train.item_ids, vectors, ranges, max_reviews, user_ids, basis)
 
     def dataset(self, train: TrainPart, embed: Embed = embed_in_memory) -> UserDataset:
         """The vectors of all users of a train part, which need not be the one that this was fitted on.
@@ -137,6 +145,29 @@ class InputEncoder:
         elif self.user_ids:
             users = self.encode_user_ids(train.user_ids)
         return UserDataset(inputs, train.sequences.offsets, users, self.max_reviews)
+
+    def without_own_choices(self, dataset: UserDataset, data: LeaveOneOut) -> Iterator[tuple[np.ndarray, UserDataset]]:
+        """A dataset for each of some groups of users, int64, whose items' vectors have not seen what they chose.
+
+        An item's vector by co-occurrence says what else those who chose it chose, so that of a history item would hold
+        the user's next choices too.
+
+        Args:
+            dataset: what `dataset` gave for the train part of `data`.
+        """
+        users = np.arange(len(dataset))
+        if "cooccurrence" not in self.weights:
+            yield users, dataset
+            return
+        columns = np.array([self._rows.get(item, -1) for item in data.item_ids], np.int32)
+        chosen = _chosen(data.sequences.train_part(), self.max_reviews, columns, len(self.item_ids))
+        for fold in range(_FOLDS):
+            own = users % _FOLDS == fold
+            scaled, vectors = _scaled(chosen[~own]), np.zeros_like(self.item_basis)
+            for begin in range(0, scaled.shape[0], _BLOCK):
+                block = scaled[begin : begin + _BLOCK]
+                vectors += block.T @ (block @ self.item_basis)
+            yield users[own], dataset.with_table([*self.weights].index("cooccurrence"), vectors)
 
     @property
     def dim(self) -> int:
@@ -237,7 +268,9 @@ class InputEncoder:
         write_json(folder / "inputs.json", record)
         if self.item_vectors is not None:
             write_json(folder / "items.json", self.item_ids)
-            save_file({"item_vectors": np.ascontiguousarray(self.item_vectors)}, folder / "item_vectors.safetensors")
+            tables = {"item_vectors": self.item_vectors, "item_basis": self.item_basis}
+            tables = {name: np.ascontiguousarray(table) for name, table in tables.items()}
+            save_file(tables, folder / "item_vectors.safetensors")
         if self.encoder is not None:
             (folder / "encoder").mkdir(exist_ok=True)
             self.encoder.save(folder / "encoder")
@@ -253,32 +286,45 @@ class InputEncoder:
         if not (folder / "inputs.json").is_file():
             raise ValueError(f"{folder} does not say what the index is made from: inputs.json is missing.")
         saved = json.loads((folder / "inputs.json").read_text(encoding="utf-8"))
-        items, vectors = [], None
+        items, tables = [], {}
         if (folder / "items.json").is_file():
             items = json.loads((folder / "items.json").read_text(encoding="utf-8"))
-            vectors = load_file(folder / "item_vectors.safetensors")["item_vectors"]
+            tables = load_file(folder / "item_vectors.safetensors")
         encoder = load_encoder(folder / "encoder") if (folder / "encoder").is_dir() else None
-        return cls(encoder=encoder, item_ids=items, item_vectors=vectors, **saved)
+        return cls(encoder=encoder, item_ids=items, **tables, **saved)
 
 
-def item_vectors(sequences: Sequences, dim: int, max_reviews: int) -> np.ndarray:
-    """Items that the same users chose are near: float32 [items, at most dim], of length 1 or 0.
+def item_vectors(sequences: Sequences, dim: int, max_reviews: int) -> tuple[np.ndarray, np.ndarray]:
+    """Items that the same users chose are near: vectors of length 1 or 0 and their basis, float32 [items, <= dim].
 
     The main directions of the items' cosines of co-occurrence among the users' newest `max_reviews` train items.
     """
     from sklearn.decomposition import TruncatedSVD
 
+    items = sequences.num_items
+    scaled = _scaled(_chosen(sequences, max_reviews, np.arange(items), items))
+    cosines = sparse.csr_array(scaled.T @ scaled)
+    dim = min(dim, items - 1)
+    if dim < 1:
+        return np.ones((items, 1), np.float32), np.ones((items, 1), np.float32)
+    svd = TruncatedSVD(dim, random_state=0)
+    vectors, lengths = svd.fit_transform(cosines), np.maximum(svd.singular_values_, 1e-6)
+    return unit(vectors / lengths), (svd.components_.T / lengths).astype(np.float32)
+
+
+def _chosen(sequences: Sequences, max_reviews: int, columns: np.ndarray, width: int) -> sparse.csr_array:
+    """1 where a user chose an item among the newest `max_reviews`, float32 [users, width]; column -1 is left out."""
     lengths = sequences.lengths
     users = np.repeat(np.arange(len(lengths)), lengths)
-    newest = np.repeat(sequences.offsets[1:], lengths) - np.arange(len(users)) <= max_reviews
-    shape = (len(lengths), sequences.num_items)
-    chosen = sparse.csr_array((np.ones(newest.sum(), np.float32), (users[newest], sequences.items[newest] - 1)), shape)
+    items = columns[sequences.items - 1]
+    kept = (np.repeat(sequences.offsets[1:], lengths) - np.arange(len(users)) <= max_reviews) & (items >= 0)
+    shape = (len(lengths), width)
+    chosen = sparse.csr_array((np.ones(kept.sum(), np.float32), (users[kept], items[kept])), shape)
     chosen.data[:] = 1  # an item that was chosen twice counts once
+    return chosen
+
+
+def _scaled(chosen: sparse.csr_array) -> sparse.csr_array:
+    """The columns at length 1."""
     counts = np.maximum(chosen.sum(axis=0), 1)
-    scaled = chosen @ sparse.diags_array((1 / np.sqrt(counts)).astype(np.float32))
-    cosines = sparse.csr_array(scaled.T @ scaled)
-    dim = min(dim, shape[1] - 1)
-    if dim < 1:
-        return np.ones((shape[1], 1), np.float32)
-    svd = TruncatedSVD(dim, random_state=0)
-    return unit(svd.fit_transform(cosines) / np.maximum(svd.singular_values_, 1e-6))
+    return chosen @ sparse.diags_array((1 / np.sqrt(counts)).astype(np.float32))

@@ -27,6 +27,7 @@ PLOTS = {
     "user_map.png": "Users by their latent vectors, coloured by their first code",
     "reconstruction_error.png": "Reconstruction error",
 }
+_SEEN = {"train": "were not seen by the index", "all": "were SEEN by the index (evidence: all): it leaks"}
 _NEAREST = 5
 _MAP_USERS = 20_000
 
@@ -147,17 +148,17 @@ def quality_markdown(quality: Mapping[str, Any]) -> str:
         )
         bounds = "n/a" if interval is None else f"{_plain(interval[0])} to {_plain(interval[1])}"
         ratings = f"{_plain(quality['rating_agreement'][level])} ({quality['rated_pairs'][level]:,})"
-        pairs = f"{quality['pairs_heldout'][level]:,}"
-        table.append([str(level + 1), pairs, train, held_out, bounds, words, ratings])
+        table.append([str(level + 1), f"{quality['pairs_heldout'][level]:,}", train, held_out, bounds, words, ratings])
     parts.append(markdown_table(table))
     base = "all users" if quality["lift_users"] == quality["users"] else f"{quality['lift_users']:,} random users"
     parts.append(
         "Train items, held-out items, words: the lift, how much more often two users share one if they share the prefix"
         " than any two users do; 1 is a random index. In parentheses: how many pairs under a prefix share one. The "
-        f"base rates are over all pairs of {base}. Held-out items, the last two of each user, were not seen by the "
-        "index; their 95 % interval is a bootstrap over prefixes. Words are the five of each user's train texts with "
-        "the highest TF-IDF. Ratings: the mean absolute difference of two users' ratings of an item, over that of any "
-        "two users, so that below 1 is agreement; in parentheses, of how many pairs of ratings."
+        f"base rates are over all pairs of {base}. Held-out items, the last two of each user, "
+        f"{_SEEN[quality.get('evidence', 'train')]}; their 95 % interval is a bootstrap over prefixes. Words are the "
+        "five of each user's train texts with the highest TF-IDF. Ratings: the mean absolute difference of two users' "
+        "ratings of an item, over that of any two users, so that below 1 is agreement; in parentheses, of how many "
+        "pairs of ratings."
     )
     parts += ["\n\n".join(f"![{title}]({name})" for name, title in PLOTS.items()), "## Cases"]
     for case in quality["cases"]:

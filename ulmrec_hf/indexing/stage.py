@@ -35,8 +35,8 @@ def index_users(
     """Makes the stage `output_dir/index` from a data stage, in one process; returns its folder.
 
     It holds user_index.parquet, indexer/ (the `Indexer` with all it needs to index new users) and what
-    `write_quality_report` writes. Only train parts are read, except for the lift of held-out items in the report. A
-    killed run resumes with the embeddings it has, or that `encode_inputs` made.
+    `write_quality_report` writes. Only train parts are read (with `evidence: all`, everything), except for the lift of
+    held-out items in the report. A killed run resumes with the embeddings it has, or that `encode_inputs` made.
 
     Raises:
         ValueError: an unfinished data stage, an input that it does not have, embeddings that are not finite, a codebook
@@ -107,7 +107,7 @@ def _encode(
 ) -> tuple[TrainPart, InputEncoder, UserDataset]:
     """What `Indexer.fit` does before the training, with the vectors in shards in `folder`, by all processes."""
     check_capacity(len(data), args.levels, args.codebook_size)
-    train, shards = TrainPart.read(data, args.inputs, args.input_weights), folder / EMBEDDINGS
+    train, shards = TrainPart.read(data, args.inputs, args.input_weights, args.evidence), folder / EMBEDDINGS
 
     def embed(encoder: TextEncoder, name: str, strings: Sequence[str]) -> Table:
         return write_embeddings(shards / name, strings, encoder, user_ids=name == "user_ids", state=state)
@@ -130,7 +130,8 @@ def _build(args: IndexArguments, data: LeaveOneOut, folder: Path) -> None:
     train, inputs, dataset = _encode(args, data, folder, state)
     indexer = INDEXERS[args.indexer].fit_encoded(args, inputs, dataset)
     assignment = indexer.assign(dataset)
-    index = UserIndex(data.user_ids, assignment.codes, args.codebook_size, args.index_kind)
+    earlier = indexer.earlier_codes(dataset, data, args.train_positions)
+    index = UserIndex(data.user_ids, assignment.codes, args.codebook_size, args.index_kind, earlier=earlier)
     index.to_parquet(folder / "user_index.parquet")
     indexer.save_pretrained(folder / "indexer")
     _report(folder, data, train, indexer, index, assignment, args.seed)

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
+from ..protocol import EVIDENCE
 from ..registry import Registry
 from ..stages import check_types, setting
 
-EVIDENCE = ("train", "all")
 EXTRACTORS = Registry("extractor", key_phrases="ulmrec_hf.preferences.key_phrases:KeyPhrases")
 
 

@@ -50,8 +50,8 @@ class TaskRows:
     """Renders the rows of all registered tasks, in any order: a row depends on its user and position alone.
 
     Titles and preferences are neutralised, titles cut to `max_title_tokens`. A prompt holds what came before its
-    target: history before the position, preference from interactions before the position and of the train part alone,
-    ratings of the train part alone.
+    target: history before the position, index and preference from interactions before the position and of the train
+    part alone, ratings of the train part alone.
 
     Args:
         candidates: user, split, position, items list<int32> (the retriever's order); see `tables.CANDIDATES`.
@@ -239,12 +239,14 @@ class TaskRows:
         ratings = [_spell_rating(rating) for rating in known.tolist()]
         return [*past, row.target], [*ratings, *[UNKNOWN] * (len(past) - len(ratings)), "?"], 1
 
-    def _spell(self, user: int) -> str:
+    def _spell(self, user: int, position: int) -> str:
+        """The user's index from the train part, before `position` where it is within."""
         if self.user_index is None:
             return ""
         user_id = self.data.user_ids[user]
+        before = max(0, int(self._train_lengths[user]) - position)
         try:
-            return spell_user(self.user_index, user_id, self._reserved)
+            return spell_user(self.user_index, user_id, self._reserved, before)
         except KeyError:
             raise ValueError(f"user_index: user {user_id!r} has no index; run the indexing on these users.") from None
 
@@ -296,7 +298,7 @@ class TaskRows:
 
 # The fields of `records.FIELDS` but the history, which is fitted to max_length.
 _FIELDS: dict[str, Callable[[TaskRows, _Row], str]] = {
-    "user": lambda rows, row: "" if row.anonymous else rows._spell(row.user),
+    "user": lambda rows, row: "" if row.anonymous else rows._spell(row.user, row.position),
     "preference": lambda rows, row: rows._preference(row.user, row.position),
     "candidates": lambda rows, row: render_candidates([rows._titles[item] for item in row.candidates]),
     "letter": lambda rows, row: LETTERS[row.label] if row.label != MISS else "",
