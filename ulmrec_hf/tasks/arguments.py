@@ -33,7 +33,7 @@ class TaskArguments:
         0.5, "Share of a training row's wrong candidates that come from the retriever; the rest are random."
     )
     anonymous_share: float = setting(
-        0.0,
+        0.1,
         "Share of the training rows with a target that leave the user index out, so that the model also ranks for "
         "users without one.",
     )
