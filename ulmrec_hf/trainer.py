@@ -41,7 +41,7 @@ class ULMRecTrainingArguments(TrainingArguments):
 
     learning_rate: float = setting(1e-4, "Peak learning rate of the adapter (or the model).")
     user_token_learning_rate: float | None = setting(
-        None, "Peak learning rate of the user tokens' rows, which start from nothing; default: learning_rate."
+        None, "Peak learning rate of the user tokens' rows; default: learning_rate."
     )
     num_train_epochs: float = setting(1.0, "How often the mixture is gone through.")
     eval_strategy: str = setting("steps", "When to evaluate: no, steps or epoch.")
@@ -299,11 +299,6 @@ class ULMRecTrainer(Trainer):
             if rows:
                 optimizer.add_param_group({"params": rows, "lr": rate, "weight_decay": 0.0})
         return optimizer
-
-    def _get_eval_sampler(self, eval_dataset: Dataset) -> torch.utils.data.Sampler | None:
-        # Trainer would reshuffle evaluation rows when training batches are grouped by length, and `rank` would return
-        # them in another order. They are sorted by length already.
-        return torch.utils.data.SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         # peft would store whole embedding matrices in every checkpoint of a base that was extended in memory
