@@ -166,7 +166,10 @@ class ULMRecTrainer(Trainer):
             return None
         if "task" not in rows.features:
             raise ValueError(f"loss_weights is {weights}, but the training rows have no column task: leave it out.")
-        return [weights.get(name, 1.0) for name in rows.features["task"].names]
+        by_number = [weights.get(name, 1.0) for name in rows.features["task"].names]
+        if not any(by_number[task] for task in set(rows["task"])):
+            raise ValueError(f"loss_weights is {weights}, so that no training row counts: raise a task of the mixture.")
+        return by_number
 
     def loss_shares(self) -> dict[str, float]:
         """How much of the loss each task of the training rows is, by name: its completions' tokens times its weight."""
@@ -260,12 +263,13 @@ class ULMRecTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _get_num_items_in_batch(self, batch_samples: Sequence[Mapping], device: torch.device) -> torch.Tensor:
-        """The weights of all completion tokens of a step, those of all processes."""
+        """The weights of all completion tokens of a step, those of all processes; 1 where none counts."""
         total = torch.zeros((), device=device)
         for batch in (batch for step in batch_samples for batch in step["passes"]):
             counts = (batch["labels"] != IGNORED).sum(1).float()
             total += (counts @ batch["weights"] if "weights" in batch else counts.sum()).to(device)
-        return self.accelerator.gather(total).sum()
+        total = self.accelerator.gather(total).sum()
+        return torch.where(total > 0, total, 1.0)  # all rows of a small step may be of tasks with the weight 0
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
         """Of a step: of all its passes."""
