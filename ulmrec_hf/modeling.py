@@ -201,8 +201,12 @@ def extend_vocabulary(
 def start_user_tokens(
     model: PreTrainedModel, tokenizer: "UserTokenizer", users: UserIndex, preferences: "pa.Table"
 ) -> None:
-    """`start_from_texts` for a model that `load_model` returned, from a table of preferences."""
-    start_from_texts(token_matrices(model).values(), tokenizer, users, newest_preferences(preferences, users))
+    """`start_from_texts` for a model that `load_model` returned, from a table of preferences.
+
+    An output layer with a bias is left out: its rows are not in the adapter, see `add_adapter`.
+    """
+    matrices = [module for module in token_matrices(model).values() if getattr(module, "bias", None) is None]
+    start_from_texts(matrices, tokenizer, users, newest_preferences(preferences, users))
 
 
 def add_adapter(
