@@ -40,7 +40,7 @@ def parts(tmp_path):
         return ULMRecTrainer(
             model,
             ULMRecTrainingArguments(str(tmp_path / "out"), **{**arguments, **settings}),
-            train_dataset=train_dataset or rows(),
+            train_dataset=rows() if train_dataset is None else train_dataset,
             eval_dataset=rows(4),
             processing_class=tokenizer,
         )
@@ -212,6 +212,12 @@ def test_a_step_of_tasks_that_do_not_count_teaches_nothing(parts):
     assert trainer.training_step(model, {"passes": [batch]}, count) == 0
     with pytest.raises(ValueError, match=r"loss_weights is .*so that no training row counts"):
         make(train_dataset=Dataset.from_dict(none, features=features), loss_weights=weights)
+
+
+def test_a_task_without_training_rows_is_refused(parts):
+    _, _, make = parts
+    with pytest.raises(ValueError, match="There is nothing to train on"):
+        make(train_dataset=rows().select([])).train()
 
 
 def test_batches_that_nothing_would_read_are_refused(tmp_path):

@@ -162,7 +162,7 @@ class ULMRecTrainer(Trainer):
     @staticmethod
     def _task_weights(rows: Dataset | None, weights: Mapping[str, float]) -> list[float] | None:
         """The weight of each task by its number; None where all are 1."""
-        if rows is None or not weights:
+        if not rows or not weights:
             return None
         if "task" not in rows.features:
             raise ValueError(f"loss_weights is {weights}, but the training rows have no column task: leave it out.")
@@ -215,8 +215,8 @@ class ULMRecTrainer(Trainer):
     def get_train_dataloader(self) -> PassLoader:
         """The passes of this process, by step."""
         args, rows = self.args, self.train_dataset
-        if rows is None:
-            raise ValueError("There is nothing to train on: give the trainer a train_dataset.")
+        if not rows:
+            raise ValueError("There is nothing to train on: give the trainer a train_dataset with rows.")
         sampler = StepSampler(
             rows["length"],
             self._step_rows,

@@ -8,16 +8,16 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-MAX_PADDING = 0.05  # share of a step's tokens that may be padding
+MAX_PADDING = 0.05  # share of a step's tokens that may be padding; several processes may have little more
 
 
 class StepSampler(Sampler[list[list[int]]]):
     """The rows of every training step, drawn from all rows at random and divided among passes and processes.
 
-    A step of a task mixture holds each task as often as the mixture does. Since its rows differ much in length, they
-    are sorted by it and cut into passes of similar length: one forward and backward pass each, gradients being summed
-    over a step. Rows and their passes depend on the seed and the epoch alone, so that a resumed run goes on with the
-    very rows that a killed one would have had; any number of processes shares equal steps.
+    On average a step holds each task as often as the mixture does. Since its rows differ much in length, they are
+    sorted by it and cut into passes of similar length: one forward and backward pass each, gradients being summed over
+    a step. Rows and their passes depend on the seed and the epoch alone, so that a resumed run goes on with the very
+    rows that a killed one would have had; any number of processes shares equal steps.
 
     Args:
         lengths: tokens of each row.
