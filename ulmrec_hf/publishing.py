@@ -93,7 +93,7 @@ def publish_model(
             shutil.copyfile(file, folder / target)
     record = {"base": name if adapted else None, "revision": revision if adapted else None}
     if adapted:
-        record["base_fingerprint"] = base_fingerprint(source.path, tokenizer, source.revision)
+        record["base_fingerprint"] = base_fingerprint(source.path, source.revision)
     quantization = getattr(model.config, "quantization_config", None)
     record |= {"dtype": str(dtype).removeprefix("torch."), "autocast": _autocast(model)}
     record["quantization"] = quantization.to_dict() if hasattr(quantization, "to_dict") else quantization
@@ -151,7 +151,7 @@ def _find_base(
             )
     tokenizer = AutoTokenizer.from_pretrained(folder / ADAPTER)
     base, expected = os.fspath(base), record.get("base_fingerprint")
-    if expected is not None and base_fingerprint(base, tokenizer, revision) != expected:
+    if expected is not None and base_fingerprint(base, revision) != expected:
         raise ValueError(
             f"The base {base!r} has another architecture or vocabulary than the one that the adapter in {folder} was "
             f"tuned on ({record['base']!r} in its {RANKER_FILE}): name that one with base=."
