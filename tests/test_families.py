@@ -11,7 +11,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, Bi
 
 from tests.byte_bpe import byte_bpe, sentence_bpe
 from ulmrec_hf import ULMRecTrainer, ULMRecTrainingArguments, UserIndex, UserRanker, load_base
-from ulmrec_hf.publishing import Published, publish_model
+from ulmrec_hf.publishing import Published, load_published, publish_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
@@ -109,3 +109,13 @@ def test_a_family_is_tuned_published_and_reloaded(family, quantised, tmp_path, m
         np.testing.assert_allclose(scores, expected, atol=1e-5)
     scores = UserRanker.from_pretrained(".", device="cpu").scores(prompts, 3)
     np.testing.assert_allclose(scores, expected, atol=1e-5)
+
+
+def test_output_rows_that_no_adapter_holds_come_back(tmp_path):
+    """Phi's, on a base that is not saved beside the adapter."""
+    save_base("phi", tmp_path / "source")
+    model, tokenizer = load_base(str(tmp_path / "source"), USERS, seed=3)
+    publish_model(model, tokenizer, tmp_path / "model", Published(model.base_source, {}, save_base=False))
+    loaded, _ = load_published(tmp_path / "model", base=tmp_path / "source")
+    rows = [each.get_output_embeddings().weight[tokenizer.user_token_ids[0]] for each in (model, loaded)]
+    torch.testing.assert_close(*rows)

@@ -376,6 +376,15 @@ def test_an_adapter_is_refused_on_another_base(other, published, bases, tmp_path
     torch.testing.assert_close(letter_scores(model, tokenizer), published["scores"]["tied"], atol=1e-4, rtol=0)
 
 
+def test_a_tuned_model_without_user_tokens_is_published(bases, tmp_path):
+    model_config, tokenizer = lora_config(), make_tokenizer()
+    model = load_model(str(bases[True]), model_config, UserTokenizer.from_base(tokenizer, levels=0))
+    model = add_adapter(model, model_config, UserTokenizer.from_base(tokenizer, levels=0))
+    publish_model(model, tokenizer, tmp_path / "model", Published(BaseSource(str(bases[True])), {}))
+    loaded = load_published(tmp_path / "model")
+    torch.testing.assert_close(letter_scores(*loaded), letter_scores(model.eval(), tokenizer), atol=1e-5, rtol=0)
+
+
 def test_modules_that_the_model_lacks_are_named(bases, user_tokenizer):
     model_config = lora_config(lora_target_modules=["query_key_value"])
     with pytest.raises(ValueError, match=r"llama model; check lora_target_modules \(all-linear, .*q_proj.*v_proj"):

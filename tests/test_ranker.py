@@ -320,7 +320,6 @@ def test_what_is_loaded_computes_what_was_reported(name, tmp_path, monkeypatch):
     recipe.main([*argv, "--output_dir", str(tmp_path / "report"), "--per_device_eval_batch_size", "40"])
     scores["recipe"] = seen[0]
     for key, values in scores.items():
-        print(name, key, np.abs(values - reported).max())
         assert (np.argsort(-values, kind="stable") == np.argsort(-reported, kind="stable")).all(), key
         np.testing.assert_allclose(values, reported, atol=1e-5)
     # unless told otherwise

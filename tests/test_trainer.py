@@ -10,6 +10,7 @@ from transformers import TrainerCallback, set_seed
 
 from tests.tiny_llama import make_base
 from ulmrec_hf import ULMRecTrainer, ULMRecTrainingArguments, UserIndex, load_base
+from ulmrec_hf.tasks.records import TASKS
 from ulmrec_hf.verbalizer import LetterVerbalizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -39,7 +40,7 @@ def parts(tmp_path):
         return ULMRecTrainer(
             model,
             ULMRecTrainingArguments(str(tmp_path / "out"), **{**arguments, **settings}),
-            train_dataset=train_dataset or rows(),
+            train_dataset=rows() if train_dataset is None else train_dataset,
             eval_dataset=rows(4),
             processing_class=tokenizer,
         )
@@ -197,6 +198,26 @@ def test_weights_of_tasks_need_rows_that_name_theirs(parts):
         make(loss_weights={"next_item": 2.0})
     with pytest.raises(ValueError, match=r"loss_weights is .*must give a number for some of next_item"):
         make(loss_weights='{"nonsense": 2}')
+
+
+def test_a_step_of_tasks_that_do_not_count_teaches_nothing(parts):
+    model, _, make = parts
+    features = Features({"prompt": Value("string"), "completion": Value("string"), "task": ClassLabel(names=[*TASKS])})
+    columns = {"prompt": ["who?\n"] * 8, "completion": ["A"] * 8, "task": [0] * 4 + [1] * 4}
+    half, none = ({**columns, "task": tasks} for tasks in (columns["task"], [1] * 8))
+    weights = {[*TASKS][1]: 0.0}
+    trainer = make(train_dataset=Dataset.from_dict(half, features=features), loss_weights=weights)
+    batch = trainer.data_collator([trainer.train_dataset[row] for row in range(4, 8)])
+    count = trainer._get_num_items_in_batch([{"passes": [batch]}], model.device)
+    assert trainer.training_step(model, {"passes": [batch]}, count) == 0
+    with pytest.raises(ValueError, match=r"loss_weights is .*so that no training row counts"):
+        make(train_dataset=Dataset.from_dict(none, features=features), loss_weights=weights)
+
+
+def test_a_task_without_training_rows_is_refused(parts):
+    _, _, make = parts
+    with pytest.raises(ValueError, match="There is nothing to train on"):
+        make(train_dataset=rows().select([])).train()
 
 
 def test_batches_that_nothing_would_read_are_refused(tmp_path):

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from tests.byte_bpe import byte_bpe
+from tests.tiny_llama import make_base
 from ulmrec_hf import UserIndex, load_base
+from ulmrec_hf.modeling import start_user_tokens
 from ulmrec_hf.tokenization_user import UserTokenizer
 from ulmrec_hf.user_token_rows import newest_preferences, start_from_texts
 
@@ -14,6 +16,7 @@ WORDS = ["ocean", "forest"]
 CODES = np.array([[word, number] for number in range(4) for word in range(2)])
 TEXTS = [f"likes {WORDS[word]} {number}" for word, number in CODES]
 USERS = UserIndex([f"u{row}" for row in range(len(CODES))], CODES, 8)
+PREFERENCES = pa.table({"user_id": USERS.user_ids, "position": [1] * len(TEXTS), "preference": TEXTS})
 
 
 @pytest.fixture
@@ -61,6 +64,8 @@ def test_users_without_words_and_hostile_words_are_borne(parts):
     before = matrix.weight.detach().clone()
     start_from_texts([matrix], tokenizer, USERS, [None] * len(USERS))
     assert torch.equal(matrix.weight, before)
+    start_from_texts([matrix], tokenizer, USERS, ["\u200b"] * len(USERS))  # nothing that a prompt could show
+    assert torch.equal(matrix.weight, before)
     texts = ["likes <a_3> ocean", None, "", *TEXTS[3:]]
     start_from_texts([matrix], tokenizer, USERS, texts)
     assert matrix.weight.isfinite().all()
@@ -80,10 +85,8 @@ def test_the_newest_preference_counts():
 
 
 def test_a_base_loads_with_tokens_that_mean_something():
-    positions = pa.array([1] * len(TEXTS), pa.int32())
-    preferences = pa.table({"user_id": USERS.user_ids, "position": positions, "preference": TEXTS})
     rows = {}
-    for name, given in (("noise", None), ("words", preferences)):
+    for name, given in (("noise", None), ("words", PREFERENCES)):
         model, tokenizer = load_base("embedded", USERS, given, lora_r=2)
         matrix = model.get_input_embeddings()
         ids = tokenizer.user_token_ids[0][:2]
@@ -95,3 +98,13 @@ def test_a_base_loads_with_tokens_that_mean_something():
         rows["words"][0] - rows["words"][1], vectors[0] - vectors[1], dim=0
     )
     assert difference > 0.5
+
+
+def test_rows_that_no_adapter_holds_are_left_as_they_are(tmp_path):
+    """Those of an output layer with a bias, such as Phi's: a reloaded model has the base's."""
+    model, tokenizer = load_base(str(make_base(tmp_path / "base", tied=False)), USERS, use_peft=False)
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(len(tokenizer)))
+    layers = (model.get_input_embeddings(), model.lm_head)
+    before = [layer.weight.detach().clone() for layer in layers]
+    start_user_tokens(model, tokenizer, USERS, PREFERENCES)
+    assert [torch.equal(layer.weight, old) for layer, old in zip(layers, before, strict=True)] == [False, True]

@@ -13,9 +13,9 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from .user_index import KINDS, UserIndex, user_tokens
+from .user_index import KINDS, USER_INDEX_PATTERN, UserIndex
 from .user_token_rows import newest_preferences, start_from_texts
 
 if TYPE_CHECKING:
@@ -201,8 +201,12 @@ def extend_vocabulary(
 def start_user_tokens(
     model: PreTrainedModel, tokenizer: "UserTokenizer", users: UserIndex, preferences: "pa.Table"
 ) -> None:
-    """`start_from_texts` for a model that `load_model` returned, from a table of preferences."""
-    start_from_texts(token_matrices(model).values(), tokenizer, users, newest_preferences(preferences, users))
+    """`start_from_texts` for a model that `load_model` returned, from a table of preferences.
+
+    An output layer with a bias is left out: its rows are not in the adapter, see `add_adapter`.
+    """
+    matrices = [module for module in token_matrices(model).values() if getattr(module, "bias", None) is None]
+    start_from_texts(matrices, tokenizer, users, newest_preferences(preferences, users))
 
 
 def add_adapter(
@@ -266,21 +270,18 @@ def load_user_tokenizer(
     return UserTokenizer.from_base(base, levels, codebook_size)
 
 
-def base_fingerprint(name_or_path: str, tokenizer: PreTrainedTokenizerBase, revision: str | None = None) -> str:
-    """A hash of a base's architecture and vocabulary, the same before and after it is extended by the user tokens.
-
-    Args:
-        tokenizer: the tokenizer with the user tokens.
+def base_fingerprint(name_or_path: str, revision: str | None = None) -> str:
+    """A hash of a base's architecture and vocabulary, the same before and after it is extended by user tokens.
 
     Raises:
         ValueError: there is no such model or tokenizer.
     """
     config = _from_pretrained(AutoConfig, name_or_path, "configuration", revision=revision).get_text_config()
     vocabulary = _from_pretrained(AutoTokenizer, name_or_path, "tokenizer", revision=revision).get_vocab()
-    users = {token for level in user_tokens(**tokenizer.init_kwargs["user_index"]) for token in level}
     # not all fields: new releases add some, and saving changes others
     described = {name: getattr(config, name, None) for name in _ARCHITECTURE}
-    described["vocabulary"] = sorted((index, token) for token, index in vocabulary.items() if token not in users)
+    words = ((index, token) for token, index in vocabulary.items() if not USER_INDEX_PATTERN.fullmatch(token))
+    described["vocabulary"] = sorted(words)
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
 

@@ -93,7 +93,7 @@ def publish_model(
             shutil.copyfile(file, folder / target)
     record = {"base": name if adapted else None, "revision": revision if adapted else None}
     if adapted:
-        record["base_fingerprint"] = base_fingerprint(source.path, tokenizer, source.revision)
+        record |= {"base_fingerprint": base_fingerprint(source.path, source.revision), "base_seed": source.seed}
     quantization = getattr(model.config, "quantization_config", None)
     record |= {"dtype": str(dtype).removeprefix("torch."), "autocast": _autocast(model)}
     record["quantization"] = quantization.to_dict() if hasattr(quantization, "to_dict") else quantization
@@ -151,12 +151,12 @@ def _find_base(
             )
     tokenizer = AutoTokenizer.from_pretrained(folder / ADAPTER)
     base, expected = os.fspath(base), record.get("base_fingerprint")
-    if expected is not None and base_fingerprint(base, tokenizer, revision) != expected:
+    if expected is not None and base_fingerprint(base, revision) != expected:
         raise ValueError(
             f"The base {base!r} has another architecture or vocabulary than the one that the adapter in {folder} was "
             f"tuned on ({record['base']!r} in its {RANKER_FILE}): name that one with base=."
         )
-    return BaseSource(base, record["base"] == BASE, revision), tokenizer
+    return BaseSource(base, record["base"] == BASE, revision, record.get("base_seed", 0)), tokenizer
 
 
 def _load_adapted(
@@ -170,8 +170,8 @@ def _load_adapted(
     from peft import PeftModel, prepare_model_for_kbit_training
 
     model = load_causal_lm(source.path, **{"revision": source.revision, **model_kwargs})
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)  # the adapter brings the rows
+    # the adapter brings the rows, but for those of an output layer with a bias
+    extend_vocabulary(model, tokenizer, source.path, source.seed, revision=source.revision)
     if quantised:  # as in tuning: what is not quantised is float32
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     return PeftModel.from_pretrained(model, adapter)

@@ -57,7 +57,7 @@ def write_run_report(folder: Path, models: Sequence[Path], *, tasks: TaskArgumen
 
     def plot(partial: Path) -> None:
         runs = [read_json(model / "training.json") for model in models]
-        plot_training(partial / "training.png", {run["system"]: run["history"] for run in runs})
+        plot_training(partial / "training.png", {run["system"]: run["history"] for run in runs if run["history"]})
         index = UserIndex.from_parquet(folder / "index" / "user_index.parquet")
         plot_code_use(partial / "code_use.png", index.codes, index.codebook_size)
 

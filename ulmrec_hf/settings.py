@@ -13,6 +13,7 @@ from .retrieval.arguments import RetrieverArguments
 from .stages import check_types, setting
 from .systems import ABLATIONS, System
 from .tasks.arguments import TaskArguments
+from .tasks.records import TASKS
 from .trainer import ULMRecTrainingArguments
 from .user_index import KINDS
 
@@ -99,6 +100,9 @@ class Settings(NamedTuple):
                 f"{self.retriever.num_candidates}: raise it in retriever_config."
             )
         self._check_rows()
+        for system in self.pipeline.systems:
+            if system.model == "own":
+                system.mixture(self.tasks.mixture, TASKS)
         if not self.model.model_name_or_path:
             raise ValueError(
                 "model_name_or_path is not set: name a causal language model (hub id or folder), or 'embedded' for the "

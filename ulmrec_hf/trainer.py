@@ -41,7 +41,7 @@ class ULMRecTrainingArguments(TrainingArguments):
 
     learning_rate: float = setting(1e-4, "Peak learning rate of the adapter (or the model).")
     user_token_learning_rate: float | None = setting(
-        None, "Peak learning rate of the user tokens' rows, which start from nothing; default: learning_rate."
+        None, "Peak learning rate of the user tokens' rows; default: learning_rate."
     )
     num_train_epochs: float = setting(1.0, "How often the mixture is gone through.")
     eval_strategy: str = setting("steps", "When to evaluate: no, steps or epoch.")
@@ -162,11 +162,14 @@ class ULMRecTrainer(Trainer):
     @staticmethod
     def _task_weights(rows: Dataset | None, weights: Mapping[str, float]) -> list[float] | None:
         """The weight of each task by its number; None where all are 1."""
-        if rows is None or not weights:
+        if not rows or not weights:
             return None
         if "task" not in rows.features:
             raise ValueError(f"loss_weights is {weights}, but the training rows have no column task: leave it out.")
-        return [weights.get(name, 1.0) for name in rows.features["task"].names]
+        by_number = [weights.get(name, 1.0) for name in rows.features["task"].names]
+        if not any(by_number[task] for task in set(rows["task"])):
+            raise ValueError(f"loss_weights is {weights}, so that no training row counts: raise a task of the mixture.")
+        return by_number
 
     def loss_shares(self) -> dict[str, float]:
         """How much of the loss each task of the training rows is, by name: its completions' tokens times its weight."""
@@ -212,8 +215,8 @@ class ULMRecTrainer(Trainer):
     def get_train_dataloader(self) -> PassLoader:
         """The passes of this process, by step."""
         args, rows = self.args, self.train_dataset
-        if rows is None:
-            raise ValueError("There is nothing to train on: give the trainer a train_dataset.")
+        if not rows:
+            raise ValueError("There is nothing to train on: give the trainer a train_dataset with rows.")
         sampler = StepSampler(
             rows["length"],
             self._step_rows,
@@ -260,12 +263,13 @@ class ULMRecTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _get_num_items_in_batch(self, batch_samples: Sequence[Mapping], device: torch.device) -> torch.Tensor:
-        """The weights of all completion tokens of a step, those of all processes."""
+        """The weights of all completion tokens of a step, those of all processes; 1 where none counts."""
         total = torch.zeros((), device=device)
         for batch in (batch for step in batch_samples for batch in step["passes"]):
             counts = (batch["labels"] != IGNORED).sum(1).float()
             total += (counts @ batch["weights"] if "weights" in batch else counts.sum()).to(device)
-        return self.accelerator.gather(total).sum()
+        total = self.accelerator.gather(total).sum()
+        return torch.where(total > 0, total, 1.0)  # all rows of a small step may be of tasks with the weight 0
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
         """Of a step: of all its passes."""
@@ -299,11 +303,6 @@ class ULMRecTrainer(Trainer):
             if rows:
                 optimizer.add_param_group({"params": rows, "lr": rate, "weight_decay": 0.0})
         return optimizer
-
-    def _get_eval_sampler(self, eval_dataset: Dataset) -> torch.utils.data.Sampler | None:
-        # Trainer would reshuffle evaluation rows when training batches are grouped by length, and `rank` would return
-        # them in another order. They are sorted by length already.
-        return torch.utils.data.SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         # peft would store whole embedding matrices in every checkpoint of a base that was extended in memory

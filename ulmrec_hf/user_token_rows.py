@@ -41,11 +41,12 @@ def start_from_texts(
         raise ValueError(f"{len(texts)} texts for {len(users)} users: give one for each, None where there is none.")
     known = np.flatnonzero([bool(text) for text in texts])
     known = known[:: max(1, -(-len(known) // MOST_USERS))]
-    if not len(known):
-        return
     reserved, levels = reserved_tokens(tokenizer), tokenizer.user_token_ids
-    ids = tokenizer([neutralise(texts[user], reserved) for user in known], add_special_tokens=False)["input_ids"]
+    written = [neutralise(texts[user], reserved) for user in known]
+    ids = tokenizer(written, add_special_tokens=False)["input_ids"] if written else []
     known, ids = known[[bool(row) for row in ids]], [row for row in ids if row]
+    if not ids:
+        return
     frequency = Counter(token for row in ids for token in set(row))
     idf = [torch.tensor([np.log(len(ids) / frequency[token]) for token in row], dtype=torch.float32) for row in ids]
     codes = torch.from_numpy(users.codes[known].astype(np.int64))

@@ -354,6 +354,7 @@ BAD_SETTINGS = [
     (["--num_candidates", "60"], "num_candidates is 60"),
     (["--num_candidates", "30"], "raise it in retriever_config"),
     (["--ablations", "nothing"], "ablations holds nothing"),
+    (["--ablations", "history_only", "--mixture", '{"rating": 1}'], "leaves ulmrec_history_only nothing to be tuned"),
     (["--interactions", "x.json"], "data_format is 'synthetic'"),
     (["--data_format", "amazon", "--interactions", "missing.json.gz"], "missing.json.gz"),
     (["--model_name_or_path", "no/such_model"], "no/such_model"),

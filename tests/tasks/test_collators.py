@@ -128,10 +128,13 @@ def test_evaluation_batches_hold_the_prompt_alone(tokenizer):
 
 
 def test_tokenised_rows_give_the_same_batch_as_text(tokenizer):
-    dataset = tokenize_rows(Dataset.from_list(ROWS), tokenizer)
-    assert set(dataset.column_names) == {"input_ids", "completion_length", "length"}
+    rows = [{**row, "task": number % 2} for number, row in enumerate(ROWS)]
+    dataset = tokenize_rows(Dataset.from_list(rows), tokenizer)
+    assert set(dataset.column_names) == {"input_ids", "completion_length", "length", "task"}
     assert dataset["length"][:] == [len(ids) for ids in dataset["input_ids"]]
-    first, second = ULMRecCollator(tokenizer)(list(dataset)), ULMRecCollator(tokenizer)(ROWS)
+    collate = ULMRecCollator(tokenizer, task_weights=[1.0, 3.0])
+    first, second = collate(list(dataset)), collate(rows)
+    assert first["weights"].tolist()[:2] == [1.0, 3.0]
     for name, value in first.items():
         assert torch.equal(value, second[name]) if torch.is_tensor(value) else value == second[name]
 

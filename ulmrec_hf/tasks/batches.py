@@ -1,20 +1,23 @@
 """Which rows a training step learns from, and how they share forward passes."""
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-MAX_PADDING = 0.05  # share of a step's tokens that may be padding
+MAX_PADDING = 0.05  # share of a step's tokens that may be padding; several processes may have little more
 
 
 class StepSampler(Sampler[list[list[int]]]):
     """The rows of every training step, drawn from all rows at random and divided among passes and processes.
 
-    A step of a task mixture holds each task as often as the mixture does. Since its rows differ much in length, they
-    are sorted by it and cut into passes of similar length: one forward and backward pass each, gradients being summed
-    over a step. Rows and their passes depend on the seed and the epoch alone, so that a resumed run goes on with the
-    very rows that a killed one would have had; any number of processes shares equal steps.
+    On average a step holds each task as often as the mixture does. Since its rows differ much in length, they are
+    sorted by it and cut into passes of similar length: one forward and backward pass each, gradients being summed over
+    a step. Rows and their passes depend on the seed and the epoch alone, so that a resumed run goes on with the very
+    rows that a killed one would have had; any number of processes shares equal steps.
 
     Args:
         lengths: tokens of each row.
@@ -111,9 +114,9 @@ def cut(lengths: Sequence[int], max_rows: int, max_tokens: int) -> list[int]:
             for place, (begin, middle, end) in enumerate(zip(ends, ends[1:], ends[2:], strict=False), 1)
             if end - begin <= max_rows and (end - begin) * lengths[begin] <= max_tokens
         ]
-        if not joined or min(joined)[0] > budget:
+        padding, place = min(joined, default=(math.inf, 0))
+        if padding > budget:
             return ends[1:-1]
-        padding, place = min(joined)
         budget -= padding
         del ends[place]
 
@@ -128,8 +131,8 @@ class PassLoader(DataLoader):
         settings: of `DataLoader`.
     """
 
-    def __init__(self, rows: Dataset, sampler: StepSampler, collate, **settings):
-        super().__init__(_Passes(rows), batch_sampler=sampler, collate_fn=_Collate(collate), **settings)
+    def __init__(self, rows: Dataset, sampler: StepSampler, collate: Callable[[list[dict]], Any], **settings: Any):
+        super().__init__(_Passes(rows), batch_sampler=sampler, collate_fn=partial(_collate_step, collate), **settings)
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch; transformers' Trainer calls it."""
@@ -147,9 +150,5 @@ class _Passes(Dataset):
         return self.rows.__getitems__(numbers)
 
 
-class _Collate:
-    def __init__(self, collate):
-        self.collate = collate
-
-    def __call__(self, passes: list[list[dict]]) -> dict[str, list]:
-        return {"passes": [self.collate(rows) for rows in passes]}
+def _collate_step(collate: Callable[[list[dict]], Any], passes: list[list[dict]]) -> dict[str, list]:
+    return {"passes": [collate(rows) for rows in passes]}

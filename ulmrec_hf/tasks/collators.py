@@ -103,7 +103,9 @@ class ULMRecCollator:
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if "input_ids" not in rows[0]:
             columns = tokenize_batch({name: [row[name] for row in rows] for name in rows[0]}, self.tokenizer)
-            rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+            tokenised = zip(*columns.values(), strict=True)
+            joined = zip(rows, tokenised, strict=True)
+            rows = [{**row, **dict(zip(columns, values, strict=True))} for row, values in joined]
         sequences = [row["input_ids"] for row in rows]
         longest = max(map(len, sequences))
         pad = self.tokenizer.pad_token_id
