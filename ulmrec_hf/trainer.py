@@ -227,8 +227,9 @@ class ULMRecTrainer(Trainer):
             processes=args.world_size,
         )
         generator = torch.Generator()  # of the workers' seeds, so that the global random state is left alone
-        workers = {"num_workers": args.dataloader_num_workers, "pin_memory": args.dataloader_pin_memory}
-        return PassLoader(rows, sampler, self.data_collator, generator=generator, **workers)
+        names = ("num_workers", "pin_memory", "persistent_workers", "prefetch_factor")
+        settings = {name: getattr(args, f"dataloader_{name}") for name in names}
+        return PassLoader(rows, sampler, self.data_collator, generator=generator, **settings)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         passes, total = inputs["passes"], 0.0
