@@ -40,7 +40,8 @@ class World:
 
 
 def task_args(**settings) -> TaskArguments:
-    return TaskArguments(**{"num_candidates": K, "train_positions": 2, "max_history": 4, "task_seed": 1, **settings})
+    fixed = {"num_candidates": K, "train_positions": 2, "max_history": 4, "task_seed": 1, "anonymous_share": 0.0}
+    return TaskArguments(**fixed | settings)
 
 
 def make_world(users=USERS, held_out=(0, 0), titles=None, ratings=None, user_ids=None) -> World:
