@@ -89,8 +89,8 @@ def test_the_quickstart_shows_what_the_readme_says():
     table = re.findall(r"^\| `(\w+)` \| [^|]+ \| ([\d.]+)(?: to ([\d.]+))? \|$", text, flags=re.M)
     bands = {system: (float(low), float(high or low)) for system, low, high in table}
     assert {"random", "retriever", "ulmrec", "ulmrec_no_index", "ulmrec_placebo"} <= set(bands) <= set(measured)
-    # what is printed is rounded; LRURec's training too ends elsewhere on another processor
-    slack = dict.fromkeys(bands, 0.005) | {"random": 0.0005, "retriever": 0.02}
+    # what is printed is rounded; trainings end elsewhere on a processor that we have not seen
+    slack = dict.fromkeys(bands, 0.02) | {"random": 0.0005}
     for system, (low, high) in bands.items():
         assert low - slack[system] <= measured[system] <= high + slack[system], system
     differences = {
@@ -98,6 +98,7 @@ def test_the_quickstart_shows_what_the_readme_says():
         for row in json.loads((report / "comparisons.json").read_text(encoding="utf-8"))
         if (row["split"], row["scope"], row["metric"]) == ("test", "rank", "ndcg@10")
     }
+    assert differences["ulmrec", "retriever"][0] > 0
     assert differences["ulmrec", "ulmrec_no_index"][0] > 0
     assert differences["ulmrec", "ulmrec_placebo"][0] > 0
     low, high = differences["ulmrec_placebo", "ulmrec_no_index"]
