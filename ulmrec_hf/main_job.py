@@ -139,7 +139,8 @@ def write_report(settings: Settings) -> None:
     run, console = settings.folder, make_console(settings)
     tuned = [RANKER, *(system for system in settings.pipeline.systems if system.has_own_stage)]
     evidence, kind = settings.preferences.evidence, settings.index.index_kind
-    notes = run_notes(settings.retriever, settings.tasks, evidence=evidence, index_kind=kind)
+    notes = [f"`{system.name}`: {system.help}." for system in settings.pipeline.systems]
+    notes += run_notes(settings.retriever, settings.tasks, evidence=evidence, index_kind=kind)
     with console.stage("report", run / "report"):
         models = [model_folder(system, run) for system in tuned]
         table = write_run_report(run, models, tasks=settings.tasks, notes=notes)

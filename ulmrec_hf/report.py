@@ -20,7 +20,8 @@ SCOPES = ("rank", "overall")
 _SCOPE_WORDS = {"rank": "hits only", "overall": "all users"}  # in tables and plots
 _EXPLANATION = (
     "*Hits only* counts the users whose target is among their candidates: how well the candidates are ordered. *All "
-    "users* counts everyone, and 0 for a user whose target is not among the candidates: what users get in the end."
+    "users* counts everyone: what users get in the end. Systems that rank the candidates count 0 there for a user "
+    "whose target is not among them; a system of the order *own* is scored on its own top of the whole catalogue."
 )
 _CORE = (
     "*Core* targets occur in train at least {k} times, as the data's {k}-core promises of every item: that filter also "
@@ -182,7 +183,7 @@ class Report:
             parts.append(
                 f"{len(self.in_candidates[split]):,} users with up to {k} candidates each. These hold the target of "
                 f"{'no' if math.isnan(ceiling) else f'{100 * ceiling:.1f} % of the'} users: this Recall@{k} of the "
-                "retriever is the ceiling of every Recall over all users."
+                "retriever is the ceiling for every system that ranks these candidates."
             )
             for scope in SCOPES:
                 chosen = [row for row in rows if row["split"] == split and row["scope"] == scope]

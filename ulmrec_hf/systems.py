@@ -95,6 +95,8 @@ COMPARED = (
     ("ulmrec", "ulmrec_history_only"),
     ("ulmrec", "ulmrec_placebo"),
     ("ulmrec", "zero_shot"),
+    ("ulmrec", "ulmrec_index_only"),
+    ("ulmrec", "ulmrec_unknown_user"),
     ("ulmrec_placebo", "ulmrec_no_index"),
     ("ulmrec_unknown_user", "ulmrec_history_only"),
     ("ulmrec", "random"),
