@@ -2,6 +2,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from tests.data_stage import write_data_stage
 from ulmrec_hf.files import write_table
@@ -100,6 +101,15 @@ def test_saves_and_loads_the_same(tmp_path):
     assert again.dim == fitted.dim == 4
     with pytest.raises(ValueError, match=r"inputs\.json is missing"):
         InputEncoder.load(tmp_path / "nowhere")
+
+
+def test_vectors_that_cannot_leave_a_user_out_are_refused(tmp_path):
+    train = make_train([[1, 2, 3], [3, 2]], {"cooccurrence": 1.0})
+    InputEncoder.fit(train, None, cooccurrence_dim=2).save(tmp_path)
+    path = tmp_path / "item_vectors.safetensors"
+    save_file({"item_vectors": load_file(path)["item_vectors"]}, path)
+    with pytest.raises(ValueError, match=r"item_vectors.safetensors has no item_basis: index the users again"):
+        InputEncoder.load(tmp_path)
 
 
 def test_reads_the_train_part_alone(tmp_path):

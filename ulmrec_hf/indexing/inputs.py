@@ -280,7 +280,7 @@ class InputEncoder:
         """Reads what `save` wrote.
 
         Raises:
-            ValueError: it is not there.
+            ValueError: it is not there, or an earlier version wrote it.
         """
         folder = Path(folder)
         if not (folder / "inputs.json").is_file():
@@ -290,6 +290,8 @@ class InputEncoder:
         if (folder / "items.json").is_file():
             items = json.loads((folder / "items.json").read_text(encoding="utf-8"))
             tables = load_file(folder / "item_vectors.safetensors")
+            if "item_basis" not in tables:
+                raise ValueError(f"{folder / 'item_vectors.safetensors'} has no item_basis: index the users again.")
         encoder = load_encoder(folder / "encoder") if (folder / "encoder").is_dir() else None
         return cls(encoder=encoder, item_ids=items, **tables, **saved)
 
