@@ -81,6 +81,11 @@ class ULMRecTrainingArguments(TrainingArguments):
             raise ValueError(f"max_tokens_per_pass is {self.max_tokens_per_pass}; it must be 0 (no limit) or more.")
         self.loss_weights = read_task_numbers("loss_weights", self.loss_weights or {})
 
+    @property
+    def step_rows(self) -> int:
+        """Rows of a training step, those of all processes."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+
 
 def check_processes(args: TrainingArguments) -> None:
     """Raises ValueError where launched processes do not know of each other, or would share one copy of the model."""
@@ -140,7 +145,7 @@ class ULMRecTrainer(Trainer):
     ):
         self.verbalizer = verbalizer
         kwargs.setdefault("compute_metrics", ranking_metrics_of)
-        self._step_rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        self._step_rows = args.step_rows
         args = copy.copy(args)
         args.gradient_accumulation_steps = 1  # the passes of a step take its place
         with args.main_process_first(desc="tokenizing"):

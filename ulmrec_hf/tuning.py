@@ -45,8 +45,6 @@ TUNING_SETTINGS = (
     "user_token_learning_rate",
     "num_train_epochs",
     "max_steps",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
     "warmup_steps",
     "lr_scheduler_type",
     "lr_scheduler_kwargs",
@@ -165,8 +163,8 @@ class Tuning:
             return training.max_steps
         files = _row_files(task_folder(RANKER, self.run), "train")
         rows = sum(pq.read_metadata(path).num_rows for path in files)
-        each = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
-        return max(1, math.ceil(training.num_train_epochs * count_steps(rows, each, training.world_size)))
+        steps = count_steps(rows, training.step_rows, training.world_size)
+        return max(1, math.ceil(training.num_train_epochs * steps))
 
     def settings(self) -> dict[str, Any]:
         """What decides the tuned model, for its stage."""
@@ -175,8 +173,7 @@ class Tuning:
         chosen["user_token_start"] = self.user_token_start
         chosen["max_steps"] = self.steps()
         # what counts is the rows of a step, however many processes share them
-        parts = (chosen.pop(name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps"))
-        return chosen | {"batch_size": self.training.world_size * math.prod(parts)}
+        return chosen | {"batch_size": self.training.step_rows}
 
 
 def tune(
