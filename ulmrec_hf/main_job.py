@@ -20,7 +20,7 @@ from .results import run_notes, write_run_report
 from .retrieval.stage import train_retriever
 from .settings import Settings
 from .stages import stage_fingerprint
-from .systems import RANKER, System, model_folder, task_folder
+from .systems import RANKER, System, model_folder, task_folder, with_own_stages
 from .tables import LeaveOneOut, read_table
 from .tasks.arguments import TaskArguments
 from .tasks.records import MIXTURE, TASKS
@@ -34,7 +34,7 @@ from .verbalizer import LetterVerbalizer
 
 def make_console(settings: Settings) -> Console:
     """The console of a run, with one stage for each folder that it makes; its log is `output_dir/log.txt`."""
-    tuned = [system.name for system in (RANKER, *settings.pipeline.systems) if system.has_own_stage]
+    tuned = [system.name for system in with_own_stages(settings.pipeline.systems)]
     names = ["data", "retriever", "preferences", "index", "tasks", *tuned, "report"]
     return Console(names, settings.folder / "log.txt", is_main=settings.training.process_index == 0)
 
@@ -137,7 +137,7 @@ def make_tuning(settings: Settings) -> Tuning:
 def write_report(settings: Settings) -> None:
     """Writes `report/` from the other stages, and prints its table and where everything is."""
     run, console = settings.folder, make_console(settings)
-    tuned = [RANKER, *(system for system in settings.pipeline.systems if system.has_own_stage)]
+    tuned = with_own_stages(settings.pipeline.systems)
     evidence, kind = settings.preferences.evidence, settings.index.index_kind
     notes = [f"`{system.name}`: {system.help}." for system in settings.pipeline.systems]
     notes += run_notes(settings.retriever, settings.tasks, evidence=evidence, index_kind=kind)

@@ -1,6 +1,6 @@
 """What a report compares: the ranker, and the systems that show where its quality comes from."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -102,6 +102,11 @@ COMPARED = (
     ("ulmrec", "random"),
     ("ulmrec_index_only", "random"),
 )
+
+
+def with_own_stages(systems: Iterable[System]) -> list[System]:
+    """The ranker and those of the other systems that have a stage of their own, in the order of a run."""
+    return [RANKER, *(system for system in systems if system.has_own_stage)]
 
 
 def model_folder(system: System, run: Path) -> Path:

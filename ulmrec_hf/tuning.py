@@ -29,7 +29,7 @@ from .recommender import Fusion, write_parts
 from .retrieval.base import load_retriever
 from .settings import PipelineArguments
 from .stages import Processes, run_stage, stage_fingerprint
-from .systems import RANKER, System, model_folder, task_folder
+from .systems import RANKER, System, model_folder, task_folder, with_own_stages
 from .tables import PREDICTIONS, LeaveOneOut, read_table
 from .tasks.arguments import TaskArguments
 from .tasks.batches import count_steps
@@ -189,7 +189,7 @@ def tune(
         ValueError: the stage of another run stands in a folder.
     """
     tuning.processes.wait()  # the main process comes here when the earlier stages are done
-    for system in [RANKER, *(system for system in systems if system.has_own_stage)]:
+    for system in with_own_stages(systems):
         folder, own = model_folder(system, tuning.run), system is RANKER
         scored = [system, *(other for other in systems if own and not other.has_own_stage)]
         settings = {"system": system.name, "also_scored": [other.name for other in scored[1:]]}
